@@ -1,0 +1,1 @@
+"""The device's side: agent, A/B slots, boot loader model, fleet simulator."""

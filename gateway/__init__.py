@@ -1,0 +1,1 @@
+"""The devices' door: MQTT to PostgreSQL in batches, answers after commit."""

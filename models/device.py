@@ -1,0 +1,69 @@
+"""A device in the registry, and the filter that selects devices.
+
+Field names are the requirements document's. A device's `device_type` is the hardware a release is matched against.
+"""
+
+from datetime import datetime
+from enum import StrEnum
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+
+from models.ids import THING_NAME
+
+DeviceId = Annotated[str, StringConstraints(pattern=f"^{THING_NAME.pattern}$")]
+Label = Annotated[str, StringConstraints(min_length=1, max_length=100)]
+
+
+class DeviceStatus(StrEnum):
+    """Where a device stands in its life."""
+
+    PROVISIONING = "provisioning"
+    CONFIGURED = "configured"
+    ACTIVE = "active"
+    INACTIVE = "inactive"
+    ERROR = "error"
+    RETIRED = "retired"
+
+
+class DeviceRecord(BaseModel):
+    """One device as it is imported and shown. Times are UTC."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    device_id: DeviceId
+    device_type: Label
+    serial_number: Annotated[str, StringConstraints(min_length=1, max_length=255)]
+    manufacturer: str | None = None
+    site_id: Label
+    zone: str | None = None
+    tags: dict[str, str] = Field(default_factory=dict)
+    status: DeviceStatus = DeviceStatus.ACTIVE
+    firmware_version: str | None = None
+    firmware_sha256: str | None = None
+    config: dict[str, Any] = Field(default_factory=dict)
+    desired_config: dict[str, Any] | None = None
+    config_version: int = 0
+    created_at: datetime | None = None
+    updated_at: datetime | None = None
+    retired_at: datetime | None = None
+    last_heartbeat: datetime | None = None
+    uptime: int | None = None
+
+
+class DeviceFilter(BaseModel):
+    """Which devices: every key that is given must match; an empty filter matches all that are not retired.
+
+    A tag's value is matched exactly (`production`), or compared as text with one of `< <= > >= !=` in front
+    (`<2026-03-12`: ISO dates compare as they should). `ids` and `statuses` are any-of.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    type: str | None = None
+    tags: dict[str, str] = Field(default_factory=dict)
+    sites: tuple[str, ...] = ()
+    statuses: tuple[DeviceStatus, ...] = ()
+    versions: tuple[str, ...] = ()
+    ids: tuple[DeviceId, ...] = ()
+    inactive_minutes: int | None = Field(default=None, ge=1, description="no heartbeat for this long")

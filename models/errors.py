@@ -1,0 +1,73 @@
+"""Every error Tidegate raises on purpose, in one tree.
+
+```
+TidegateError
+├── InvalidInputError          what a person or a program gave us is wrong
+│   ├── SpecError              a rollout's specification; carries every mistake with its line
+│   └── ImportRowError         a row of an import file
+├── NotFoundError              no such device, release, rollout
+├── ConflictError              it exists already, with other content; or another rollout holds the devices
+├── RefusedError               the request is well-formed and the state of things does not allow it
+├── VerificationError          signature, hash, size, hardware, version or counter did not hold (firmware/)
+└── UnavailableError           a server we depend on did not answer
+```
+
+The message says what was being done, what was expected, what came instead, and what to do next.
+"""
+
+from dataclasses import dataclass
+
+
+class TidegateError(Exception):
+    """Root of the tree."""
+
+
+class InvalidInputError(TidegateError):
+    """Input that can never succeed as it is."""
+
+
+@dataclass(frozen=True)
+class Mistake:
+    """One mistake in a specification: `line` counts from 1, None where the source has no lines."""
+
+    path: str
+    message: str
+    line: int | None = None
+
+    def __str__(self) -> str:
+        where = f"line {self.line}: " if self.line else ""
+        return f"{where}{self.path}: {self.message}"
+
+
+class SpecError(InvalidInputError):
+    """A specification with one or more mistakes, all of them listed."""
+
+    def __init__(self, source: str, mistakes: list[Mistake]) -> None:
+        self.source = source
+        self.mistakes = mistakes
+        noun = "mistake" if len(mistakes) == 1 else "mistakes"
+        super().__init__(f"{source}: {len(mistakes)} {noun}\n" + "\n".join(f"  {m}" for m in mistakes))
+
+
+class ImportRowError(InvalidInputError):
+    """Rows of an import file that cannot be taken; nothing was imported."""
+
+
+class NotFoundError(TidegateError):
+    """What was named does not exist."""
+
+
+class ConflictError(TidegateError):
+    """It exists already, and differs from what was asked for."""
+
+
+class RefusedError(TidegateError):
+    """Well-formed, but the state of things does not allow it."""
+
+
+class VerificationError(TidegateError):
+    """A signature, hash, size, hardware, version, counter or date did not hold."""
+
+
+class UnavailableError(TidegateError):
+    """A server that is needed did not answer."""

@@ -1,0 +1,62 @@
+"""Names and identifiers, their builders and their inverses.
+
+Workflow ids read like paths and are the idempotency keys. A rollout's name has no underscore, so that its job id on
+the wire (AWS IoT allows no dot there) can be turned back into it.
+
+>>> wave_workflow_id("motor-1.3.0", 2)
+'rollout:motor-1.3.0/wave:2'
+>>> rollout_job_id("motor-1.3.0"), rollout_of_job("motor-1_3_0")
+('motor-1_3_0', 'motor-1.3.0')
+"""
+
+import re
+
+from models.errors import InvalidInputError
+
+THING_NAME = re.compile(r"[a-zA-Z0-9:_-]{1,128}")
+JOB_ID = re.compile(r"[a-zA-Z0-9_-]{1,64}")
+ROLLOUT_NAME = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9.-]{0,63}")
+PRODUCT_NAME = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9._-]{0,63}")
+VERSION = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9.+_-]{0,49}")
+SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+def rollout_workflow_id(name: str) -> str:
+    """Workflow id of a rollout: `rollout:<name>`."""
+    return f"rollout:{name}"
+
+
+def rollout_of_workflow(workflow_id: str) -> str:
+    """Inverse of `rollout_workflow_id`, also for a wave's id. Raises InvalidInputError for any other id."""
+    match = re.fullmatch(r"rollout:([^/]+)(?:/wave:\d+)?", workflow_id)
+    if match is None:
+        raise InvalidInputError(f"not a rollout's workflow id: {workflow_id!r}, expected 'rollout:<name>'")
+    return match[1]
+
+
+def wave_workflow_id(name: str, wave: int) -> str:
+    """Workflow id of wave number `wave` (from 1) of a rollout: `rollout:<name>/wave:<n>`."""
+    return f"rollout:{name}/wave:{wave}"
+
+
+def delta_workflow_id(base_sha256: str, target_sha256: str, codec: str) -> str:
+    """Workflow id of building one delta; who asks for the same delta joins the run."""
+    return f"delta:{base_sha256[:16]}-{target_sha256[:16]}-{codec}"
+
+
+def rollout_job_id(name: str) -> str:
+    """The job id that devices see for a rollout."""
+    return name.replace(".", "_")
+
+
+def rollout_of_job(job_id: str) -> str:
+    """Inverse of `rollout_job_id`."""
+    return job_id.replace("_", ".")
+
+
+def parse_release_ref(ref: str) -> tuple[str, str]:
+    """Split `product@version`; raises InvalidInputError naming what is wrong."""
+    product, at, version = ref.partition("@")
+    if not at or not PRODUCT_NAME.fullmatch(product) or not VERSION.fullmatch(version):
+        raise InvalidInputError(f"not a release: {ref!r}, expected product@version, as in motor-controller@1.3.0")
+    return product, version

@@ -1,0 +1,148 @@
+"""The device contract: topics, states, error codes, failure classes and steps.
+
+Jobs follow AWS IoT's reserved topics (docs/protocol.md); heartbeats are `devices/<id>/heartbeat`. This module is shared
+by the server and the agent, imports nothing of either, and holds no behaviour beyond building and taking apart topics.
+"""
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from models.ids import JOB_ID, THING_NAME
+
+THINGS = "$aws/things"
+NEXT_JOB = "$next"
+"""Stands for the head of a device's queue in `jobs/$next/get`."""
+
+MAX_REQUEST_BYTES = 32 * 1024
+"""No device request is larger; a larger one is quarantined unread."""
+MAX_STATUS_DETAILS = 10
+MAX_STATUS_VALUE_CHARS = 1024
+MAX_CLIENT_TOKEN_BYTES = 64
+MAX_NOTIFIED_JOBS = 15
+
+
+class ExecutionState(StrEnum):
+    """States of an execution, in AWS IoT Jobs' names; PENDING is ours: planned, its wave not open yet."""
+
+    PENDING = "PENDING"
+    QUEUED = "QUEUED"
+    IN_PROGRESS = "IN_PROGRESS"
+    SUCCEEDED = "SUCCEEDED"
+    FAILED = "FAILED"
+    TIMED_OUT = "TIMED_OUT"
+    REJECTED = "REJECTED"
+    REMOVED = "REMOVED"
+    CANCELED = "CANCELED"
+
+
+TERMINAL_STATES = frozenset(ExecutionState) - {
+    ExecutionState.PENDING,
+    ExecutionState.QUEUED,
+    ExecutionState.IN_PROGRESS,
+}
+
+
+class Step(StrEnum):
+    """What a device does while IN_PROGRESS, in order: `statusDetails.step`."""
+
+    ACCEPTED = "accepted"
+    DOWNLOADING = "downloading"
+    DOWNLOADED = "downloaded"
+    INSTALLING = "installing"
+    REBOOTING = "rebooting"
+    CONFIRMING = "confirming"
+
+
+class FailureClass(StrEnum):
+    """Why an update failed: `statusDetails.failure`. SILENT is given by the server alone, to a missed deadline."""
+
+    NETWORK = "network"
+    VERIFY = "verify"
+    FLASH = "flash"
+    INCOMPATIBLE = "incompatible"
+    POWER = "power"
+    ROLLED_BACK = "rolled-back"
+    REJECTED_BY_USER = "rejected-by-user"
+    INTERNAL = "internal"
+    SILENT = "silent"
+
+
+class ErrorCode(StrEnum):
+    """Codes of a rejected jobs request."""
+
+    INVALID_TOPIC = "InvalidTopic"
+    INVALID_JSON = "InvalidJson"
+    INVALID_REQUEST = "InvalidRequest"
+    INVALID_STATE_TRANSITION = "InvalidStateTransition"
+    RESOURCE_NOT_FOUND = "ResourceNotFound"
+    VERSION_MISMATCH = "VersionMismatch"
+    INTERNAL_ERROR = "InternalError"
+    REQUEST_THROTTLED = "RequestThrottled"
+    TERMINAL_STATE_REACHED = "TerminalStateReached"
+
+
+class Verb(StrEnum):
+    """What a device asks for."""
+
+    GET_PENDING = "get-pending"
+    START_NEXT = "start-next"
+    DESCRIBE = "describe"
+    UPDATE = "update"
+    HEARTBEAT = "heartbeat"
+
+
+REQUEST_FILTERS = (
+    f"{THINGS}/+/jobs/get",
+    f"{THINGS}/+/jobs/start-next",
+    f"{THINGS}/+/jobs/+/get",
+    f"{THINGS}/+/jobs/+/update",
+    "devices/+/heartbeat",
+)
+"""What the gateway subscribes to. None of them matches a topic the gateway itself publishes to."""
+
+
+@dataclass(frozen=True, slots=True)
+class RequestTopic:
+    """A device's request, as its topic tells it. `job_id` is None except for DESCRIBE and UPDATE."""
+
+    verb: Verb
+    thing: str
+    job_id: str | None = None
+
+
+def parse_request_topic(topic: str) -> RequestTopic | None:
+    """Take a request topic apart, with exact arity; None for a topic that is not one."""
+    match topic.split("/"):
+        case ["$aws", "things", thing, "jobs", "get"]:
+            parsed = RequestTopic(Verb.GET_PENDING, thing)
+        case ["$aws", "things", thing, "jobs", "start-next"]:
+            parsed = RequestTopic(Verb.START_NEXT, thing)
+        case ["$aws", "things", thing, "jobs", job_id, "get"]:
+            parsed = RequestTopic(Verb.DESCRIBE, thing, job_id)
+        case ["$aws", "things", thing, "jobs", job_id, "update"]:
+            parsed = RequestTopic(Verb.UPDATE, thing, job_id)
+        case ["devices", thing, "heartbeat"]:
+            parsed = RequestTopic(Verb.HEARTBEAT, thing)
+        case _:
+            return None
+    if not THING_NAME.fullmatch(parsed.thing):
+        return None
+    if parsed.job_id is not None and parsed.job_id != NEXT_JOB and not JOB_ID.fullmatch(parsed.job_id):
+        return None
+    if parsed.verb is Verb.UPDATE and parsed.job_id == NEXT_JOB:
+        return None
+    return parsed
+
+
+def jobs_topic(thing: str, *parts: str) -> str:
+    """`$aws/things/<thing>/jobs[/part...]`, for requests, answers and notifications alike.
+
+    >>> jobs_topic("motor-7", "start-next", "accepted")
+    '$aws/things/motor-7/jobs/start-next/accepted'
+    """
+    return "/".join((THINGS, thing, "jobs", *parts))
+
+
+def heartbeat_topic(thing: str) -> str:
+    """`devices/<thing>/heartbeat`."""
+    return f"devices/{thing}/heartbeat"

@@ -1,0 +1,362 @@
+"""What workflows, activities and operators say to each other about a rollout. All frozen, all with defaults for growth."""
+
+from datetime import datetime
+from enum import StrEnum
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from models.spec import PaceSpec, RolloutSpec
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True)
+
+
+class Verdict(StrEnum):
+    """What a gate says. Everything unknown is HOLD."""
+
+    PROMOTE = "promote"
+    CONTINUE = "continue"
+    HOLD = "hold"
+    HALT = "halt"
+
+
+class Phase(StrEnum):
+    """Where a rollout stands; the search attribute `TidegatePhase` and the column `jobs.phase`."""
+
+    PLANNING = "planning"
+    WAITING_APPROVAL = "waiting-approval"
+    ROLLING = "rolling"
+    SOAKING = "soaking"
+    PAUSED = "paused"
+    HOLDING = "holding"
+    DONE = "done"
+
+
+class Outcome(StrEnum):
+    """How a rollout ended."""
+
+    SUCCEEDED = "succeeded"
+    HALTED = "halted"
+    ABORTED = "aborted"
+    REFUSED = "refused"
+    FAILED = "failed"
+
+
+class JobStatus(StrEnum):
+    """What admission asks of a job: only RUNNING admits. It is a column of PostgreSQL, not of Temporal."""
+
+    PLANNED = "planned"
+    RUNNING = "running"
+    PAUSED = "paused"
+    HALTED = "halted"
+    FINISHED = "finished"
+
+
+class WaveStatus(StrEnum):
+    """Only OPEN admits; a wave stays open through its soak so that late devices still get their update."""
+
+    PENDING = "pending"
+    OPEN = "open"
+    CLOSED = "closed"
+
+
+class WaveCounts(_Frozen):
+    """Executions of one wave (or of a whole job) by state, and what of them the gate counts."""
+
+    pending: int = 0
+    queued: int = 0
+    in_progress: int = 0
+    succeeded: int = 0
+    failed: int = 0
+    timed_out: int = 0
+    rejected: int = 0
+    removed: int = 0
+    canceled: int = 0
+    gate_succeeded: int = 0
+    gate_failed: int = 0
+
+    @property
+    def total(self) -> int:
+        """Every execution."""
+        return self.outstanding + self.terminal
+
+    @property
+    def outstanding(self) -> int:
+        """Executions that are not terminal."""
+        return self.pending + self.queued + self.in_progress
+
+    @property
+    def terminal(self) -> int:
+        """Executions that are over."""
+        return self.succeeded + self.failed + self.timed_out + self.rejected + self.removed + self.canceled
+
+    @property
+    def answered(self) -> int:
+        """Executions that say something about the release: the n of the gate."""
+        return self.gate_succeeded + self.gate_failed
+
+
+class WaveProgress(_Frozen):
+    """A wave as PostgreSQL has it at one moment."""
+
+    wave: int
+    name: str
+    status: WaveStatus
+    counts: WaveCounts
+    tripped: bool = False
+    tripped_failed: int | None = None
+    tripped_finished: int | None = None
+    opened_at: datetime | None = None
+    answered_at: datetime | None = None
+    closed_at: datetime | None = None
+    verdict: Verdict | None = None
+    reason: str | None = None
+    target_count: int = 0
+
+
+class WaveVerdict(_Frozen):
+    """A decision and its reason; the reason carries the numbers."""
+
+    verdict: Verdict
+    reason: str
+
+
+# --- workflows -------------------------------------------------------------------------------------------------------
+
+
+class StartRolloutInput(_Frozen):
+    """Input of RolloutWorkflow."""
+
+    spec: RolloutSpec
+    requested_by: str = "unknown"
+
+
+class RolloutResult(_Frozen):
+    """Result of RolloutWorkflow. `exposed`: devices that ever started the update."""
+
+    name: str
+    outcome: Outcome
+    reason: str
+    devices: int = 0
+    succeeded: int = 0
+    failed: int = 0
+    exposed: int = 0
+    by_delta: int = 0
+    waves: tuple[WaveProgress, ...] = ()
+
+
+class RunWaveInput(_Frozen):
+    """Input of WaveWorkflow. `is_last`: stay until every device of the rollout has answered or run out of time."""
+
+    rollout: str
+    job_no: int
+    wave: int
+    name: str
+    target_count: int
+    spec: RolloutSpec
+    is_last: bool = False
+
+
+class RunWaveResult(_Frozen):
+    """Result of WaveWorkflow."""
+
+    verdict: WaveVerdict
+    progress: WaveProgress
+
+
+# --- activities ------------------------------------------------------------------------------------------------------
+
+
+class PlanRolloutInput(_Frozen):
+    """Plan a rollout: choose devices, number them, cut waves. Idempotent by the rollout's name and workflow run."""
+
+    spec: RolloutSpec
+    requested_by: str = "unknown"
+
+
+class PlannedWave(_Frozen):
+    """One wave of a plan."""
+
+    wave: int
+    name: str
+    devices: int
+
+
+class PlanRolloutResult(_Frozen):
+    """A plan as it stands in PostgreSQL. `bases`: sha256 of images in the field, most frequent first, with counts."""
+
+    job_no: int
+    devices: int
+    waves: tuple[PlannedWave, ...]
+    release_sha256: str
+    bases: tuple[tuple[str, int], ...] = ()
+
+
+class PrepareArtifactsInput(_Frozen):
+    """Build the deltas from these bases that do not exist yet, and write the job document."""
+
+    job_no: int
+    target_sha256: str
+    bases: tuple[tuple[str, int], ...] = ()
+
+
+class PrepareArtifactsResult(_Frozen):
+    """`failed` names base and reason of deltas that could not be made: those devices get the full image."""
+
+    built: int = 0
+    reused: int = 0
+    failed: tuple[str, ...] = ()
+    delta_bytes: int = 0
+
+
+class OpenWaveInput(_Frozen):
+    """Open a wave: its executions become QUEUED. Idempotent."""
+
+    job_no: int
+    wave: int
+
+
+class DriveMode(StrEnum):
+    """ANSWERING: until the wave has answered. SOAKING: until cancelled, or until the breaker trips."""
+
+    ANSWERING = "answering"
+    SOAKING = "soaking"
+
+
+class DriveWaveInput(_Frozen):
+    """Sweep deadlines, pace notifications, watch counters; return as soon as the verdict is not CONTINUE."""
+
+    job_no: int
+    wave: int
+    spec: RolloutSpec
+    is_last: bool = False
+    mode: DriveMode = DriveMode.ANSWERING
+
+
+class DriveWaveResult(_Frozen):
+    """Why the drive ended, and the wave at that moment."""
+
+    verdict: WaveVerdict
+    progress: WaveProgress
+
+
+class CloseWaveInput(_Frozen):
+    """Record a wave's verdict. HALT also stops admission for the whole job in the same transaction."""
+
+    job_no: int
+    wave: int
+    verdict: WaveVerdict
+
+
+class SetJobStatusInput(_Frozen):
+    """Pause or resume admission. Idempotent."""
+
+    job_no: int
+    status: JobStatus
+    phase: Phase
+    reason: str
+    actor: str = "workflow"
+
+
+class AdjustPaceInput(_Frozen):
+    """Change pace and cap; takes effect with the next admission."""
+
+    job_no: int
+    pace: PaceSpec
+    actor: str = "workflow"
+
+
+class FinishRolloutInput(_Frozen):
+    """Close the job: withdraw what is only pending or queued, tell those devices, write the outcome. Idempotent."""
+
+    job_no: int
+    outcome: Outcome
+    reason: str
+    drain: bool = False
+    """Wait for devices IN_PROGRESS to end (by report or deadline) before the job is closed."""
+
+
+class FinishRolloutResult(_Frozen):
+    """Final figures from PostgreSQL."""
+
+    devices: int = 0
+    succeeded: int = 0
+    failed: int = 0
+    exposed: int = 0
+    by_delta: int = 0
+    waves: tuple[WaveProgress, ...] = ()
+
+
+# --- updates and queries ---------------------------------------------------------------------------------------------
+
+
+class PauseRolloutInput(_Frozen):
+    """Stop admission until resumed. `actor` is who asked."""
+
+    actor: str
+    reason: str = Field(default="", max_length=500)
+
+
+class ResumeRolloutInput(_Frozen):
+    """Admit again."""
+
+    actor: str
+    reason: str = Field(default="", max_length=500)
+
+
+class ApproveRolloutInput(_Frozen):
+    """Agree to what the rollout waits for."""
+
+    actor: str
+    reason: str = Field(default="", max_length=500)
+
+
+class PromoteRolloutInput(_Frozen):
+    """End a HOLD or the rest of a soak in favour of the release. Refused once the breaker has tripped."""
+
+    actor: str
+    reason: str = Field(default="", max_length=500)
+
+
+class AbortRolloutInput(_Frozen):
+    """End the rollout: nothing more is admitted, what is only queued is withdrawn."""
+
+    actor: str
+    reason: str = Field(default="", max_length=500)
+
+
+class AdjustRolloutInput(_Frozen):
+    """New pace; a value left out stays as it is. `unlimited_per_minute` takes the per-minute limit away."""
+
+    actor: str
+    in_flight: int | None = Field(default=None, ge=1)
+    per_minute: int | None = Field(default=None, ge=1)
+    unlimited_per_minute: bool = False
+
+
+class RolloutStatus(_Frozen):
+    """Answer of the `status` query: what the workflow knows without asking PostgreSQL."""
+
+    name: str
+    phase: Phase
+    reason: str = ""
+    wave: int = 0
+    wave_name: str = ""
+    job_no: int | None = None
+    devices: int = 0
+    waiting_for: str = ""
+    soak_until: datetime | None = None
+    outcome: Outcome | None = None
+    pace: PaceSpec | None = None
+    verdicts: tuple[str, ...] = ()
+
+
+class WaveStatusReport(_Frozen):
+    """Answer of WaveWorkflow's `status` query."""
+
+    rollout: str
+    wave: int
+    phase: Phase
+    reason: str = ""
+    soak_until: datetime | None = None

@@ -1,0 +1,1 @@
+"""Processes: one workflow class per file. Options, queues and search attributes in `workflows.options`."""
