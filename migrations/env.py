@@ -1,0 +1,20 @@
+"""Alembic's entry: runs the migrations on the database that `store.engine.migrate` (or TIDEGATE_DATABASE_URL) names."""
+
+import os
+
+from alembic import context
+from sqlalchemy import create_engine, pool
+from sqlmodel import SQLModel
+
+import models.tables  # noqa: F401  (fills the metadata)
+
+url = context.config.attributes.get("url") or os.environ["TIDEGATE_DATABASE_URL"].replace(
+    "postgresql://", "postgresql+psycopg://", 1
+)
+
+with create_engine(url, poolclass=pool.NullPool).connect() as connection:
+    context.configure(connection=connection, target_metadata=SQLModel.metadata, transaction_per_migration=True)
+    with context.begin_transaction():
+        # Two processes that start at once migrate one after the other.
+        connection.exec_driver_sql("SELECT pg_advisory_xact_lock(7311462)")
+        context.run_migrations()
