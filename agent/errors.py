@@ -1,0 +1,70 @@
+"""What can go wrong on a device, each with the class it is reported as.
+
+```
+TidegateError (models.errors)
+├── BrickedError             no slot can be booted: the one state that must not be reachable
+├── RecordError              a state record that is not what was written
+├── UpdateError              `.failure_class`, reported to the gateway
+│   ├── DownloadError        network    the bytes did not come, or too slowly
+│   ├── ContentError         verify     the bytes came and are not the signed ones
+│   └── FlashError           flash      the device's storage did not take them
+└── RequestError             a request to the gateway
+    ├── UnansweredError      no answer in time: it may have been carried out
+    └── RejectedError        answered with an error code
+```
+"""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from models.errors import TidegateError
+from models.protocol import FailureClass
+
+
+class BrickedError(TidegateError):
+    """No slot holds an image that verifies."""
+
+
+class RecordError(TidegateError):
+    """A state record is missing, torn or of another kind."""
+
+
+class UpdateError(TidegateError):
+    """An update that has failed on this device."""
+
+    failure_class: ClassVar[FailureClass] = FailureClass.INTERNAL
+
+
+class DownloadError(UpdateError):
+    """The artifact could not be had."""
+
+    failure_class: ClassVar[FailureClass] = FailureClass.NETWORK
+
+
+class ContentError(UpdateError):
+    """What was had is not what was signed."""
+
+    failure_class: ClassVar[FailureClass] = FailureClass.VERIFY
+
+
+class FlashError(UpdateError):
+    """The storage refused, is full, or gave back other bytes than were written."""
+
+    failure_class: ClassVar[FailureClass] = FailureClass.FLASH
+
+
+class RequestError(TidegateError):
+    """A request to the gateway that brought no result."""
+
+
+class UnansweredError(RequestError):
+    """No answer in time; the request may have been carried out all the same."""
+
+
+class RejectedError(RequestError):
+    """The gateway's refusal. `state` is the current executionState where the answer carries one."""
+
+    def __init__(self, request: str, code: str, message: str, state: Mapping[str, Any] | None = None) -> None:
+        self.code = code
+        self.state = state
+        super().__init__(f"{request} was rejected: {code}: {message:.300}")
