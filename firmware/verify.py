@@ -10,10 +10,10 @@ latest moment the device has seen signed. `VerifiedUpdate.latest_known_time` is 
 """
 
 import hashlib
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import urlsplit
 
 from firmware.envelope import open_envelope
 from firmware.errors import (
@@ -40,6 +40,12 @@ from firmware.manifest import (
 from models.ids import SHA256
 
 MAX_URL_CHARS = 2048
+
+_ARTIFACT_URL = re.compile(
+    r"https?://(?:[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{1,5})?"
+    r"(?:/(?!\.{1,2}/)[A-Za-z0-9._~-]+)*/artifacts/([0-9a-f]{64})"
+)
+"""`http(s)://host[:port][/path]/artifacts/<sha256>`: no user, no query, no `..`, no escape that could mean another."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,25 +224,10 @@ def _offer(entry: object) -> DeltaOffer | None:
 
 
 def _is_artifact_url(url: object, sha256: str) -> bool:
-    """Whether it is `http(s)://host[:port][/path]/artifacts/<sha256>`, without a way to say anything else."""
-    if not isinstance(url, str) or len(url) > MAX_URL_CHARS or not url.isascii() or not url.isprintable():
+    if not isinstance(url, str) or len(url) > MAX_URL_CHARS:
         return False
-    try:
-        parts = urlsplit(url)
-        host, port = parts.hostname, parts.port
-    except ValueError:
-        return False
-    steps = parts.path.split("/")
-    return (
-        parts.scheme in ("http", "https")
-        and bool(host)
-        and port != 0
-        and parts.username is None
-        and not any(mark in url for mark in "?#%\\ ")
-        and ".." not in steps
-        and "." not in steps
-        and steps[-2:] == ["artifacts", sha256]
-    )
+    match = _ARTIFACT_URL.fullmatch(url)
+    return match is not None and match[1] == sha256
 
 
 def _part(document: Mapping[str, Any], name: str) -> Mapping[str, Any]:
