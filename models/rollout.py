@@ -30,6 +30,7 @@ class Phase(StrEnum):
     SOAKING = "soaking"
     PAUSED = "paused"
     HOLDING = "holding"
+    DRAINING = "draining"
     DONE = "done"
 
 
@@ -122,14 +123,95 @@ class WaveVerdict(_Frozen):
     reason: str
 
 
+class JobProgress(_Frozen):
+    """What a wave's driver looks at: one wave, and the job it belongs to, at one moment."""
+
+    wave: WaveProgress
+    job_status: JobStatus
+    job_id: str = ""
+    outstanding: int = 0
+    """Executions of the whole job that are not terminal."""
+    in_flight: int = 0
+    in_flight_cap: int = 1
+    per_minute: int | None = None
+    exposed: int = 0
+    """Devices that ever started the update."""
+    tripped_wave: int | None = None
+    """A wave of this job whose breaker has tripped: it stops admission for all of them."""
+
+
 # --- workflows -------------------------------------------------------------------------------------------------------
 
 
+class PlannedWave(_Frozen):
+    """One wave of a plan."""
+
+    wave: int
+    name: str
+    devices: int
+
+
+class PlanRolloutResult(_Frozen):
+    """A plan as it stands in PostgreSQL. `bases`: sha256 of images in the field, most frequent first, with counts."""
+
+    job_no: int
+    devices: int
+    waves: tuple[PlannedWave, ...]
+    release_sha256: str
+    bases: tuple[tuple[str, int], ...] = ()
+
+
+class DecidedWave(_Frozen):
+    """A wave that is over, and why."""
+
+    wave: int
+    verdict: WaveVerdict
+
+
+class RolloutState(BaseModel):
+    """Everything RolloutWorkflow remembers: what it continues with as a new run, and what its queries answer from.
+
+    The workflow alone changes it. `wave` is the wave that runs or ran last (0: none yet); a phase of PAUSED is never
+    stored, it is shown while `paused_by` is set, so that resuming shows again what was underneath.
+    """
+
+    phase: Phase = Phase.PLANNING
+    reason: str = ""
+    plan: PlanRolloutResult | None = None
+    prepared: bool = False
+    wave: int = 0
+    decided: list[DecidedWave] = Field(default_factory=list)
+    pace: PaceSpec = PaceSpec()
+    waiting_for: str = ""
+    approved_wave: int = 0
+    """Approved up to this wave; an approval of the start approves wave 1."""
+    soak_until: datetime | None = None
+    paused_by: str = ""
+    pause_reason: str = ""
+    aborted_by: str = ""
+    abort_reason: str = ""
+    promoted_by: str = ""
+    promote_reason: str = ""
+    outcome: Outcome | None = None
+
+    @property
+    def shown_phase(self) -> Phase:
+        """The phase a person sees."""
+        over = self.phase in (Phase.DRAINING, Phase.DONE)
+        return Phase.PAUSED if self.paused_by and not over else self.phase
+
+    def planned_wave(self, wave: int) -> PlannedWave | None:
+        """A wave of the plan by its number, None while there is no plan or no such wave."""
+        found = (planned for planned in self.plan.waves if planned.wave == wave) if self.plan else iter(())
+        return next(found, None)
+
+
 class StartRolloutInput(_Frozen):
-    """Input of RolloutWorkflow."""
+    """Input of RolloutWorkflow. `state` is given by the run before, when a rollout continues as a new one."""
 
     spec: RolloutSpec
     requested_by: str = "unknown"
+    state: RolloutState | None = None
 
 
 class RolloutResult(_Frozen):
@@ -175,24 +257,6 @@ class PlanRolloutInput(_Frozen):
     requested_by: str = "unknown"
 
 
-class PlannedWave(_Frozen):
-    """One wave of a plan."""
-
-    wave: int
-    name: str
-    devices: int
-
-
-class PlanRolloutResult(_Frozen):
-    """A plan as it stands in PostgreSQL. `bases`: sha256 of images in the field, most frequent first, with counts."""
-
-    job_no: int
-    devices: int
-    waves: tuple[PlannedWave, ...]
-    release_sha256: str
-    bases: tuple[tuple[str, int], ...] = ()
-
-
 class PrepareArtifactsInput(_Frozen):
     """Build the deltas from these bases that do not exist yet, and write the job document."""
 
@@ -217,21 +281,47 @@ class OpenWaveInput(_Frozen):
     wave: int
 
 
+class WriteDocumentInput(_Frozen):
+    """Write the job document without deltas, when preparing artifacts has failed. Idempotent."""
+
+    job_no: int
+
+
 class DriveMode(StrEnum):
-    """ANSWERING: until the wave has answered. SOAKING: until cancelled, or until the breaker trips."""
+    """ANSWERING: until the wave has answered. SOAKING: until cancelled, or until a breaker trips.
+    JUDGING: the soak is over; sweep, judge fresh counts, record the verdict."""
 
     ANSWERING = "answering"
     SOAKING = "soaking"
+    JUDGING = "judging"
 
 
 class DriveWaveInput(_Frozen):
-    """Sweep deadlines, pace notifications, watch counters; return as soon as the verdict is not CONTINUE."""
+    """Sweep deadlines, pace notifications, watch counters; return as soon as the verdict is not CONTINUE.
+
+    `soaks`: a promotion is not recorded yet, a soak comes first. `promoted_by`: who ended that soak early, if anyone.
+    """
 
     job_no: int
     wave: int
     spec: RolloutSpec
     is_last: bool = False
     mode: DriveMode = DriveMode.ANSWERING
+    soaks: bool = False
+    promoted_by: str = ""
+    promote_reason: str = ""
+
+
+class DriveHeartbeat(_Frozen):
+    """What a driver shows of itself in the Temporal UI. Never the record of progress: that is PostgreSQL."""
+
+    wave: int
+    mode: DriveMode
+    answered: int = 0
+    failed: int = 0
+    in_progress: int = 0
+    outstanding: int = 0
+    hints_sent: int = 0
 
 
 class DriveWaveResult(_Frozen):
@@ -247,6 +337,14 @@ class CloseWaveInput(_Frozen):
     job_no: int
     wave: int
     verdict: WaveVerdict
+
+
+class CheckPromotableInput(_Frozen):
+    """Refuse a person's promotion when a breaker has tripped."""
+
+    job_no: int
+    wave: int
+    spec: RolloutSpec
 
 
 class SetJobStatusInput(_Frozen):
@@ -333,6 +431,42 @@ class AdjustRolloutInput(_Frozen):
     in_flight: int | None = Field(default=None, ge=1)
     per_minute: int | None = Field(default=None, ge=1)
     unlimited_per_minute: bool = False
+
+
+class WaveSoaking(_Frozen):
+    """Signal of a wave to the workflow that started it: it has answered, and is watched until `until`."""
+
+    wave: int
+    until: datetime
+    reason: str
+
+
+class EndSoakInput(_Frozen):
+    """Signal to a wave: a person ends its soak in favour of the release. The breaker still has the last word."""
+
+    actor: str
+    reason: str = ""
+
+
+class FindDeviceInput(_Frozen):
+    """Input of the `device` query."""
+
+    device_id: str
+
+
+class DevicePlace(_Frozen):
+    """Answer of the `device` query: where its execution is kept, and which waves are served now.
+
+    A query does no I/O, and a workflow knows no device; the execution itself is the row (`job_no`, `device_id`) of
+    PostgreSQL's `executions`, which the command line reads with this.
+    """
+
+    rollout: str
+    device_id: str
+    job_id: str
+    job_no: int | None = None
+    phase: Phase
+    waves_served: tuple[PlannedWave, ...] = ()
 
 
 class RolloutStatus(_Frozen):
