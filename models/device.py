@@ -7,7 +7,7 @@ from datetime import datetime
 from enum import StrEnum
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator
 
 from models.ids import THING_NAME
 
@@ -43,12 +43,36 @@ class DeviceRecord(BaseModel):
     firmware_sha256: str | None = None
     config: dict[str, Any] = Field(default_factory=dict)
     desired_config: dict[str, Any] | None = None
-    config_version: int = 0
+    config_version: int = Field(default=0, ge=0, le=2**31 - 1)
     created_at: datetime | None = None
     updated_at: datetime | None = None
     retired_at: datetime | None = None
     last_heartbeat: datetime | None = None
-    uptime: int | None = None
+    uptime: int | None = Field(default=None, ge=0, le=2**63 - 1)
+
+
+class DeviceChanges(BaseModel):
+    """What to change about a device, or about many: keys that are not set stay as they are; None clears."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    device_type: Label | None = None
+    manufacturer: str | None = None
+    site_id: Label | None = None
+    zone: str | None = None
+    tags: dict[str, str] = Field(default_factory=dict)
+    status: DeviceStatus = DeviceStatus.ACTIVE
+    firmware_version: str | None = None
+    firmware_sha256: str | None = None
+    config: dict[str, Any] = Field(default_factory=dict)
+    desired_config: dict[str, Any] | None = None
+
+    @field_validator("device_type", "site_id")
+    @classmethod
+    def _kept(cls, value: str | None) -> str:
+        if value is None:
+            raise ValueError("cannot be cleared, every device has one")
+        return value
 
 
 class DeviceFilter(BaseModel):

@@ -50,7 +50,17 @@ class SpecError(InvalidInputError):
 
 
 class ImportRowError(InvalidInputError):
-    """Rows of an import file that cannot be taken; nothing was imported."""
+    """Rows of an import file that cannot be taken; nothing was imported. `count` mistakes, the first of them listed."""
+
+    def __init__(self, source: str, mistakes: list[Mistake], count: int) -> None:
+        self.source = source
+        self.mistakes = mistakes
+        self.count = count
+        noun = "mistake" if count == 1 else "mistakes"
+        lines = [f"cannot import {source}: {count} {noun}; nothing was imported", *(f"  {m}" for m in mistakes)]
+        if count > len(mistakes):
+            lines.append(f"  ... and {count - len(mistakes)} more")
+        super().__init__("\n".join(lines))
 
 
 class NotFoundError(TidegateError):
