@@ -24,13 +24,18 @@ CODECS: Mapping[str, Codec] = MappingProxyType({codec.name: codec for codec in (
 """Every codec, by the name that job documents use."""
 
 
+def too_large(codec: Codec) -> str:
+    """Why there is no delta for images over the codec's limit."""
+    return f"no codec for images over {codec.max_image_bytes // 2**20} MiB yet"
+
+
 def make_delta(base: bytes, target: bytes, codec: Codec = BSDIFF4) -> bytes:
     """A delta from `base` to `target`, verified by applying it as a device would.
 
     Raises DeltaError when the codec does not take images of this size, or when its own delta does not give `target`.
     """
     if max(len(base), len(target)) > codec.max_image_bytes:
-        raise DeltaError(f"no codec for images over {codec.max_image_bytes // 2**20} MiB yet")
+        raise DeltaError(too_large(codec))
     patch = codec.diff(base, target)
     codec.apply(
         base,
@@ -42,4 +47,4 @@ def make_delta(base: bytes, target: bytes, codec: Codec = BSDIFF4) -> bytes:
     return patch
 
 
-__all__ = ["BSDIFF4", "CODECS", "Codec", "make_delta"]
+__all__ = ["BSDIFF4", "CODECS", "Codec", "make_delta", "too_large"]
