@@ -1,0 +1,180 @@
+"""`python -m agent`: one device as a process. A reboot is a new start of the same program through the boot loader.
+
+Exit status: 0 after SIGTERM or SIGINT, 2 for a wrong command line, 3 when no slot can be booted. A crash of the running
+image, a hang (found by the watchdog, an interval timer that the event loop keeps winding up) and a reboot replace the
+process by itself (`os.execv`), so its process id stays.
+"""
+
+import argparse
+import asyncio
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from types import FrameType
+from typing import NoReturn
+
+import httpx
+
+from agent.bootloader import Boot, BootLoader
+from agent.client import Broker, Patience
+from agent.device import Device, DeviceConfig, Reset, Timing
+from agent.download import DownloadPolicy
+from agent.errors import BrickedError
+from agent.slots import Slots
+from agent.storage import PosixStorage
+from agent.updater import Identity
+from firmware.keys import TrustedKeys, load_public_key
+from models.errors import TidegateError
+from models.ids import THING_NAME
+
+BRICKED = 3
+USAGE = 2
+
+
+def main() -> None:
+    """Boot the device and run it until it resets; then start again."""
+    arguments = _parser().parse_args()
+    try:
+        reset = _boot_once(arguments)
+    except BrickedError as error:
+        print(f"agent: {error}", file=sys.stderr)
+        sys.exit(BRICKED)
+    except TidegateError as error:
+        print(f"agent: {error}", file=sys.stderr)
+        sys.exit(USAGE)
+    if reset is not Reset.STOPPED:
+        print(f"agent: reset ({reset})", file=sys.stderr, flush=True)
+        _start_again()
+
+
+def _boot_once(arguments: argparse.Namespace) -> Reset:
+    config = _config(arguments)
+    arguments.state.mkdir(parents=True, exist_ok=True)
+    storage = PosixStorage(arguments.state)
+    slots = Slots(storage)
+    if not slots.made():
+        if arguments.base is None:
+            raise TidegateError(
+                f"cannot start: {arguments.state} holds no device yet; give its first image with --base"
+            )
+        slots.make(arguments.base.read_bytes(), arguments.base_version)
+    return asyncio.run(_run(config, storage, BootLoader(slots).boot()))
+
+
+async def _run(config: DeviceConfig, storage: PosixStorage, boot: Boot) -> Reset:
+    trial = ", on trial" if boot.trial else ""
+    print(f"agent: slot {boot.slot} runs {boot.version} ({boot.sha256[:16]}){trial}", file=sys.stderr, flush=True)
+    loop = asyncio.get_running_loop()
+    watchdog = loop.create_task(_wind_up(config.timing.watchdog_seconds))
+    async with httpx.AsyncClient(timeout=config.download.window_seconds) as http:
+        device = Device(config, storage, http=http, hang=_hang)
+        life = loop.create_task(device.run_boot(boot))
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, life.cancel)
+        try:
+            return await life
+        except asyncio.CancelledError:
+            return Reset.STOPPED
+        finally:
+            watchdog.cancel()
+            signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+async def _wind_up(seconds: float) -> None:
+    """The watchdog: fires `seconds` after the event loop has stopped turning."""
+    signal.signal(signal.SIGALRM, _bite)
+    while True:
+        signal.setitimer(signal.ITIMER_REAL, seconds)
+        await asyncio.sleep(seconds / 4)
+
+
+def _bite(number: int, frame: FrameType | None) -> None:
+    print("agent: reset (watchdog)", file=sys.stderr, flush=True)
+    _start_again()
+
+
+async def _hang(seconds: float) -> None:
+    """An image that hangs: nothing turns any more, until the watchdog bites."""
+    while True:
+        time.sleep(1)  # noqa: ASYNC251
+
+
+def _start_again() -> NoReturn:
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    os.execv(sys.executable, [sys.executable, "-m", "agent", *sys.argv[1:]])
+
+
+def _config(arguments: argparse.Namespace) -> DeviceConfig:
+    if not THING_NAME.fullmatch(arguments.id):
+        raise TidegateError(f"not a device id: {arguments.id!r}, expected {THING_NAME.pattern}")
+    keys = TrustedKeys.of(
+        release=[load_public_key(path) for path in arguments.release_key],
+        order=[load_public_key(path) for path in arguments.order_key],
+    )
+    broker = Broker.at(
+        arguments.mqtt,
+        ca=arguments.ca,
+        certificate=arguments.cert,
+        private_key=arguments.cert_key,
+        protocol=5 if arguments.mqtt_version == "5" else 4,
+    )
+    return DeviceConfig(
+        identity=Identity(arguments.id, arguments.type, keys, arguments.product),
+        broker=broker,
+        timing=Timing(
+            poll_seconds=arguments.poll,
+            retry_seconds=arguments.retry,
+            heartbeat_seconds=arguments.heartbeat,
+            confirm_seconds=arguments.confirm_within,
+            watchdog_seconds=arguments.watchdog,
+        ),
+        patience=Patience(answer_seconds=arguments.answer_within),
+        download=DownloadPolicy(window_seconds=arguments.download_window),
+    )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m agent",
+        description="Tidegate's reference device: asks the gateway for firmware updates over MQTT, downloads, verifies and "
+        "installs them into the inactive one of two slots, and keeps an update only after it has reached the gateway "
+        "from the new image.",
+        epilog="example: python -m agent --id motor-7 --type motor --mqtt mqtt://127.0.0.1:1883 --state motor-7 "
+        "--base motor-1.2.0.bin --base-version 1.2.0 --release-key release.pub.pem --order-key order.pub.pem",
+    )
+    who = parser.add_argument_group("the device")
+    who.add_argument("--id", required=True, help="thing name, as in the registry")
+    who.add_argument("--type", required=True, help="hardware, which a release must be for")
+    who.add_argument("--product", help="product it is; without it, the product of the first release that is confirmed")
+    who.add_argument("--state", required=True, type=Path, metavar="DIR", help="its flash: slots, records, downloads")
+    who.add_argument("--base", type=Path, metavar="IMAGE", help="first image, used when DIR holds no device yet")
+    who.add_argument("--base-version", default="0.0.0", metavar="VERSION", help="version of --base (0.0.0)")
+    trust = parser.add_argument_group("whom it trusts (repeat for more than one)")
+    for role, what in (("release", "what may run"), ("order", "which device, which job, until when")):
+        trust.add_argument(
+            f"--{role}-key", required=True, type=Path, action="append", metavar="PEM", help=f"public key: {what}"
+        )
+    where = parser.add_argument_group("the broker")
+    where.add_argument("--mqtt", default="mqtt://127.0.0.1:1883", metavar="URL", help="mqtt:// or mqtts://host:port")
+    where.add_argument("--mqtt-version", choices=("3.1.1", "5"), default="3.1.1", help="MQTT version (3.1.1)")
+    where.add_argument("--ca", type=Path, metavar="PEM", help="CA of an mqtts broker")
+    where.add_argument("--cert", type=Path, metavar="PEM", help="the device's certificate")
+    where.add_argument("--cert-key", type=Path, metavar="PEM", help="key of that certificate")
+    pace = parser.add_argument_group("its rhythm, in seconds")
+    for name, default, what in (
+        ("poll", 900.0, "asks without a hint this often, at most"),
+        ("retry", 2.0, "asks again after an empty answer, doubled each time up to --poll"),
+        ("heartbeat", 60.0, "between heartbeats; 0 for none"),
+        ("answer-within", 10.0, "waits so long for an answer"),
+        ("confirm-within", 300.0, "for each try of a new image to reach the gateway"),
+        ("watchdog", 30.0, "until a hanging image is reset"),
+        ("download-window", 60.0, "over which a download must keep its least average rate"),
+    ):
+        pace.add_argument(f"--{name}", type=float, default=default, metavar="S", help=f"{what} ({default:g})")
+    return parser
+
+
+if __name__ == "__main__":
+    main()

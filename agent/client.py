@@ -1,0 +1,243 @@
+"""The device's MQTT session: requests with their answers, hints, heartbeats, and a connection that comes back.
+
+Requests go out at QoS 1 and are matched to their answers by clientToken. An answer that does not come in time is
+UnansweredError: the request may have been carried out, so whoever repeats it sends the version it knows. While the
+broker is away, requests wait; connecting again is spread by jitter, so that a fleet does not come back in one instant.
+"""
+
+import asyncio
+import contextlib
+import random
+import secrets
+import ssl
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import aiomqtt
+import orjson
+
+from agent.errors import RejectedError, UnansweredError
+from agent.jobs import Answer, Execution, Refusal, judge_rejection, parse_execution, update_request
+from models.errors import InvalidInputError
+from models.protocol import ExecutionState, Step, heartbeat_topic, jobs_topic
+
+_SUBACK_FAILURE = 0x80
+
+
+@dataclass(frozen=True, slots=True)
+class Broker:
+    """Where the broker is, and as whom to connect. `protocol`: 4 is MQTT 3.1.1, 5 is MQTT 5."""
+
+    host: str
+    port: int
+    tls: bool = False
+    ca: Path | None = None
+    certificate: Path | None = None
+    private_key: Path | None = None
+    protocol: int = 4
+
+    @classmethod
+    def at(cls, url: str, **more: Any) -> "Broker":
+        """From `mqtt://host[:port]` or `mqtts://host[:port]`. Raises InvalidInputError."""
+        parts = urlsplit(url)
+        if parts.scheme not in ("mqtt", "mqtts") or not parts.hostname:
+            raise InvalidInputError(f"not a broker's address: {url!r}, expected mqtt://host:port or mqtts://host:port")
+        tls = parts.scheme == "mqtts"
+        return cls(parts.hostname, parts.port or (8883 if tls else 1883), tls=tls, **more)
+
+    def tls_context(self) -> ssl.SSLContext | None:
+        """For `mqtts`: the CA to trust and the device's certificate."""
+        if not self.tls:
+            return None
+        context = ssl.create_default_context(cafile=str(self.ca) if self.ca else None)
+        if self.certificate is not None:
+            context.load_cert_chain(self.certificate, self.private_key)
+        return context
+
+
+@dataclass(frozen=True, slots=True)
+class Patience:
+    """How long the session waits for what. `step` and `finish`: for a report, repeats included."""
+
+    answer_seconds: float = 10.0
+    step_seconds: float = 30.0
+    finish_seconds: float = 60.0
+    reconnect_seconds: float = 1.0
+    reconnect_most_seconds: float = 60.0
+
+
+class JobsClient:
+    """One device's session with the gateway. `run` keeps it connected until it is cancelled."""
+
+    def __init__(self, thing: str, broker: Broker, patience: Patience | None = None, rng: random.Random | None = None):
+        self.thing = thing
+        self.hint = asyncio.Event()
+        self.connected = asyncio.Event()
+        self.errors = 0
+        self.patience = patience or Patience()
+        self.rng = rng or random.Random()
+        self._broker = broker
+        self._client: aiomqtt.Client | None = None
+        self._waiting: dict[str, asyncio.Future[dict[str, Any]]] = {}
+        self._session = secrets.token_hex(6)
+        self._count = 0
+
+    async def run(self) -> None:
+        """Connect, subscribe, receive; and again, when the connection is lost."""
+        failures = 0
+        while True:
+            try:
+                async with self._connect() as client:
+                    await self._subscribe(client)
+                    self._client, failures = client, 0
+                    self.connected.set()
+                    self.hint.set()  # whatever was published meanwhile is lost: ask
+                    async for message in client.messages:
+                        self._take(message)
+            except (aiomqtt.MqttError, OSError, UnansweredError):
+                self.errors += 1
+            finally:
+                self._client = None
+                self.connected.clear()
+            most = min(self.patience.reconnect_most_seconds, self.patience.reconnect_seconds * 2**failures)
+            failures = min(failures + 1, 16)
+            await asyncio.sleep(most * self.rng.uniform(0.5, 1.5))
+
+    async def start_next(self) -> Execution | None:
+        """Ask for work: the execution in progress, else the next one. Raises UnansweredError, RejectedError."""
+        return parse_execution(await self.request("start-next", body={}))
+
+    async def request(self, *parts: str, body: Mapping[str, Any]) -> dict[str, Any]:
+        """Send a jobs request, and give its accepted answer.
+
+        Raises:
+            RejectedError: the gateway refused it.
+            UnansweredError: not connected, or no answer, within `answer_seconds`.
+        """
+        self._count += 1
+        token = f"{self._session}-{self._count}"
+        future: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
+        self._waiting[token] = future
+        topic, payload = jobs_topic(self.thing, *parts), orjson.dumps({**body, "clientToken": token})
+        try:
+            async with asyncio.timeout(self.patience.answer_seconds):
+                await self.connected.wait()
+                if self._client is not None:
+                    await self._client.publish(topic, payload, qos=1)
+                return await future
+        except (TimeoutError, aiomqtt.MqttError) as error:
+            self.errors += 1
+            raise UnansweredError(f"{topic}: no answer within {self.patience.answer_seconds} s") from error
+        finally:
+            del self._waiting[token]
+
+    async def heartbeat(self, body: Mapping[str, Any]) -> None:
+        """Publish a heartbeat; one that cannot be sent is lost, the next one says more."""
+        if self._client is not None:
+            with contextlib.suppress(aiomqtt.MqttError):
+                await self._client.publish(heartbeat_topic(self.thing), orjson.dumps(body), qos=0)
+
+    def _connect(self) -> aiomqtt.Client:
+        broker = self._broker
+        return aiomqtt.Client(
+            broker.host,
+            broker.port,
+            identifier=self.thing,
+            protocol=aiomqtt.ProtocolVersion(broker.protocol),
+            clean_session=True if broker.protocol == aiomqtt.ProtocolVersion.V311 else None,
+            tls_context=broker.tls_context(),
+            timeout=self.patience.answer_seconds,
+            keepalive=60,
+        )
+
+    async def _subscribe(self, client: aiomqtt.Client) -> None:
+        """The answers and hints for this device; every SUBACK is read, for a refusal is silence otherwise."""
+        filters = [jobs_topic(self.thing, "notify-next")]
+        filters += [jobs_topic(self.thing, "+", *verb, kind) for verb in ((), ("update",)) for kind in _ANSWERS]
+        granted = await client.subscribe([(name, 0) for name in filters])
+        refused = [name for name, code in zip(filters, granted, strict=True) if _code(code) >= _SUBACK_FAILURE]
+        if refused:
+            raise UnansweredError(f"the broker refused to subscribe {self.thing} to {', '.join(refused)}")
+
+    def _take(self, message: aiomqtt.Message) -> None:
+        topic = str(message.topic)
+        if topic.endswith("/notify-next"):
+            self.hint.set()
+            return
+        try:
+            body = orjson.loads(message.payload if isinstance(message.payload, bytes) else b"")
+        except orjson.JSONDecodeError:
+            return
+        future = self._waiting.get(str(body.get("clientToken"))) if isinstance(body, dict) else None
+        if future is None or future.done():
+            return
+        if topic.endswith("/accepted"):
+            future.set_result(body)
+        else:
+            state = body.get("executionState")
+            future.set_exception(
+                RejectedError(
+                    topic.removesuffix("/rejected"),
+                    str(body.get("code")),
+                    str(body.get("message")),
+                    state if isinstance(state, dict) else None,
+                )
+            )
+
+
+_ANSWERS = ("accepted", "rejected")
+
+
+def _code(granted: Any) -> int:
+    """A SUBACK's code: an integer in MQTT 3.1.1, a ReasonCode in MQTT 5."""
+    return int(getattr(granted, "value", granted))
+
+
+class MqttReports:
+    """Reports about one execution, with the version number that each of them needs."""
+
+    def __init__(self, client: JobsClient, execution: Execution) -> None:
+        self._client = client
+        self._execution = execution
+        self._version = execution.version_number
+
+    async def step(self, step: Step, **details: str) -> Answer:
+        """See Reports."""
+        wanted = {"step": str(step), **details}
+        return await self._send(ExecutionState.IN_PROGRESS, wanted, self._client.patience.step_seconds)
+
+    async def finish(self, status: ExecutionState, details: Mapping[str, str]) -> Answer:
+        """See Reports."""
+        return await self._send(status, details, self._client.patience.finish_seconds)
+
+    async def _send(self, status: ExecutionState, details: Mapping[str, str], seconds: float) -> Answer:
+        deadline, pause = asyncio.get_running_loop().time() + seconds, 0.5
+        while True:
+            refusal = await self._try(status, details)
+            if refusal is None:
+                return Answer.ACCEPTED
+            if refusal in (Refusal.OVER, Refusal.WRONG):
+                return Answer.OVER
+            if asyncio.get_running_loop().time() >= deadline:
+                return Answer.UNREACHABLE
+            if refusal is Refusal.AGAIN:
+                await asyncio.sleep(pause * self._client.rng.uniform(0.5, 1.5))
+                pause = min(10.0, pause * 2)
+
+    async def _try(self, status: ExecutionState, details: Mapping[str, str]) -> Refusal | None:
+        """One request; None when it was accepted."""
+        body = update_request(status, details, self._version, self._execution.attempt)
+        try:
+            await self._client.request(self._execution.job_id, "update", body=body)
+        except UnansweredError:
+            return Refusal.AGAIN
+        except RejectedError as error:
+            refusal, version = judge_rejection(error)
+            if refusal is Refusal.NEW_VERSION:
+                self._version = version
+            return refusal
+        self._version += 1
+        return None

@@ -1,0 +1,208 @@
+"""One device from reset to reset: what runs between two jumps of the boot loader.
+
+`Device.life` is a device in a process of many (the fleet); `python -m agent` gives every boot a process of its own.
+Both go through `run_boot`, so what is tested in one holds in the other.
+
+The trial's deadline, stated once: an unconfirmed image has `confirm_seconds` to get an accepted `confirming`; then the
+device resets, which costs one of its tries. A gateway or broker that is away during a trial is therefore survived for
+tries x `confirm_seconds`; after that the old image comes back, and the server may grant another attempt.
+"""
+
+import asyncio
+import contextlib
+import random
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+import httpx
+
+from agent.bootloader import Boot, BootLoader
+from agent.client import Broker, JobsClient, MqttReports, Patience
+from agent.download import Downloader, DownloadPolicy
+from agent.errors import RejectedError, UnansweredError
+from agent.image import Behaviour, behaviour_of, version_in
+from agent.slots import Slots
+from agent.storage import Storage
+from agent.updater import Identity, Leg, Updater
+
+
+class Reset(StrEnum):
+    """Why a boot ended. STOPPED: somebody wants the program to end, the device itself would go on."""
+
+    REQUESTED = "requested"
+    CRASH = "crash"
+    WATCHDOG = "watchdog"
+    UNCONFIRMED = "unconfirmed"
+    STOPPED = "stopped"
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """A device's rhythm, in seconds. `retry`: after a hint that brought nothing, doubled up to `poll`."""
+
+    poll_seconds: float = 900.0
+    retry_seconds: float = 2.0
+    heartbeat_seconds: float = 60.0
+    confirm_seconds: float = 300.0
+    watchdog_seconds: float = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceConfig:
+    """A device's identity and surroundings."""
+
+    identity: Identity
+    broker: Broker
+    timing: Timing = field(default_factory=Timing)
+    patience: Patience = field(default_factory=Patience)
+    download: DownloadPolicy = field(default_factory=DownloadPolicy)
+
+
+Behave = Callable[[Boot, bytes], Behaviour]
+Watch = Callable[[Boot], None]
+
+
+def _as_the_image_says(boot: Boot, image: bytes) -> Behaviour:
+    return behaviour_of(image)
+
+
+async def _sleep(seconds: float) -> None:
+    await asyncio.sleep(seconds)
+
+
+class Device:
+    """A device with its storage. `behave` decides what an image does when it runs."""
+
+    def __init__(
+        self,
+        config: DeviceConfig,
+        storage: Storage,
+        *,
+        http: httpx.AsyncClient,
+        behave: Behave = _as_the_image_says,
+        hang: Callable[[float], Awaitable[None]] = _sleep,
+        clock: Callable[[], float] = time.time,
+        rng: random.Random | None = None,
+        watch: Watch | None = None,
+    ) -> None:
+        self._config = config
+        self._storage = storage
+        self._http = http
+        self._behave = behave
+        self._hang = hang
+        self._clock = clock
+        self._rng = rng or random.Random()
+        self._watch = watch
+        self._started = time.monotonic()
+
+    async def life(self) -> None:
+        """Boot, run, reset, for ever. Raises BrickedError when nothing can be booted any more."""
+        while True:
+            await self.run_boot(BootLoader(Slots(self._storage)).boot())
+
+    async def run_boot(self, boot: Boot) -> Reset:
+        """Run what was booted, until the device resets."""
+        self._started = time.monotonic()
+        if self._watch is not None:
+            self._watch(boot)
+        image = Slots(self._storage).image(boot.slot)
+        match behaviour := self._behave(boot, image):
+            case Behaviour.CRASH:
+                await asyncio.sleep(0)
+                return Reset.CRASH
+            case Behaviour.HANG:
+                await self._hang(self._config.timing.watchdog_seconds)
+                return Reset.WATCHDOG
+            case Behaviour.SILENT:
+                await asyncio.Event().wait()
+        return await self._run(boot, image, behaviour)
+
+    async def _run(self, boot: Boot, image: bytes, behaviour: Behaviour) -> Reset:
+        client = JobsClient(self._config.identity.device_id, self._config.broker, self._config.patience, self._rng)
+
+        async def self_test() -> str | None:
+            return _self_test(boot, image, behaviour)
+
+        downloader = Downloader(self._storage, self._http, self._config.download)
+        updater = Updater(self._config.identity, boot, self._storage, downloader, self._clock, self_test)
+        async with asyncio.TaskGroup() as tasks:
+            helpers = []
+            if behaviour is not Behaviour.NO_NETWORK:
+                helpers = [tasks.create_task(client.run()), tasks.create_task(self._beat(client, boot))]
+            work = tasks.create_task(self._work(updater, client))
+            if boot.trial:
+                helpers.append(tasks.create_task(self._guard(updater, work)))
+            try:
+                await asyncio.wait([work])
+            finally:
+                for helper in [*helpers, work]:
+                    helper.cancel()
+        return Reset.UNCONFIRMED if work.cancelled() else Reset.REQUESTED
+
+    async def _work(self, updater: Updater, client: JobsClient) -> None:
+        """Ask for work and do it; returns when the device is to reboot."""
+        timing, fruitless = self._config.timing, 0
+        while True:
+            client.hint.clear()
+            found = False
+            try:
+                execution = await client.start_next()
+                found = execution is not None
+                leg = await updater.handle(execution, MqttReports(client, execution) if execution else None)
+            except (UnansweredError, RejectedError, OSError):
+                leg = Leg.WAIT
+            if leg is Leg.REBOOT:
+                return
+            if leg is Leg.IDLE and found:
+                fruitless = 0
+                continue
+            fruitless += 1
+            pause = min(timing.poll_seconds, timing.retry_seconds * 2 ** min(fruitless, 20))
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(pause * self._rng.uniform(0.5, 1.5)):
+                    await client.hint.wait()
+                    fruitless = 0
+
+    async def _guard(self, updater: Updater, work: "asyncio.Task[None]") -> None:
+        """The trial's deadline."""
+        seconds = self._config.timing.confirm_seconds
+        await asyncio.sleep(seconds)
+        if updater.on_trial:
+            with contextlib.suppress(OSError):
+                Slots(self._storage).note_cause(f"no answer from the gateway within {seconds:g} s")
+            work.cancel()
+
+    async def _beat(self, client: JobsClient, boot: Boot) -> None:
+        """Heartbeats, from the first connection on."""
+        period = self._config.timing.heartbeat_seconds
+        while period > 0:
+            await client.connected.wait()
+            await client.heartbeat(self._vitals(client, boot))
+            await asyncio.sleep(period * self._rng.uniform(0.8, 1.2))
+
+    def _vitals(self, client: JobsClient, boot: Boot) -> dict[str, Any]:
+        """A heartbeat; memory, temperature and signal are modelled, the rest is so."""
+        return {
+            "deviceId": self._config.identity.device_id,
+            "timestamp": int(self._clock() * 1000),
+            "uptime": int(time.monotonic() - self._started),
+            "freeMemory": 64 * 2**20 + self._rng.randrange(2**20),
+            "cpuTemperature": round(self._rng.gauss(45, 3), 1),
+            "firmwareVersion": boot.version,
+            "networkSignalStrength": round(self._rng.gauss(-60, 4)),
+            "errorCount": client.errors,
+            "firmwareSha256": boot.sha256,
+        }
+
+
+def _self_test(boot: Boot, image: bytes, behaviour: Behaviour) -> str | None:
+    """The running image's own check: it works, and it is the one that was signed."""
+    if behaviour is Behaviour.SELF_TEST:
+        return "the image says that it does not work"
+    claimed = version_in(image)
+    if claimed is not None and claimed != boot.version:
+        return f"the image says it is version {claimed}, the release that was signed is {boot.version}"
+    return None

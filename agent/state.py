@@ -1,0 +1,100 @@
+"""What a device remembers apart from its slots: whom it trusts is given, what it has done is kept here.
+
+One record, replaced durably as a whole: the orders that have ended, the latest moment it has seen signed, and the
+journal of the update in progress. The journal says what was being done when the power went; the boot record says how
+far it got.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from enum import StrEnum
+from typing import Any
+
+from agent.records import decode_record, encode_record
+from agent.storage import Storage, replace_durably
+from firmware.manifest import Order, attempt_key
+
+STATE_NAME = "device.json"
+STATE_KIND = "device"
+MAX_FINISHED = 200
+"""Ended orders that are remembered; beyond it the ones that expire first are dropped, and expiry refuses them."""
+
+
+class Phase(StrEnum):
+    """WORKING: up to the moment before the reboot. ARMED: the boot loader may have been told. RESULT: only to report."""
+
+    WORKING = "working"
+    ARMED = "armed"
+    RESULT = "result"
+
+
+@dataclass(frozen=True, slots=True)
+class Update:
+    """The journal of one attempt. `status` and `details` are the final report, once there is one."""
+
+    job_id: str
+    attempt: int
+    key: str
+    expires_at: int
+    version: str
+    sha256: str
+    phase: Phase = Phase.WORKING
+    via: str = ""
+    status: str = ""
+    details: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceState:
+    """`finished`: by job, the last attempt that has ended, and until when its order is valid."""
+
+    finished: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    latest_known_time: int = 0
+    update: Update | None = None
+
+    @property
+    def finished_orders(self) -> frozenset[str]:
+        """For `DeviceFacts`: earlier attempts of the same job count as ended with the last one."""
+        return frozenset(attempt_key(job_id, attempt) for job_id, (attempt, _) in self.finished.items())
+
+    def begun(self, order: Order, version: str, sha256: str, latest_known_time: int) -> "DeviceState":
+        """The state once an order has been verified and accepted."""
+        update = Update(order.job_id, order.attempt, order.key, order.expires_at, version, sha256)
+        return replace(self, update=update, latest_known_time=max(self.latest_known_time, latest_known_time))
+
+    def ended(self) -> "DeviceState":
+        """The state without its update; the attempt never starts again."""
+        if self.update is None:
+            return self
+        finished = {job: entry for job, entry in self.finished.items() if entry[1] > self.latest_known_time} | {
+            self.update.job_id: (self.update.attempt, self.update.expires_at)
+        }
+        if len(finished) > MAX_FINISHED:
+            finished = dict(sorted(finished.items(), key=lambda item: item[1][1])[-MAX_FINISHED:])
+        return replace(self, finished=finished, update=None)
+
+
+class StateStore:
+    """The device's state on its storage. A state that cannot be read is an empty one: the boot record is what bricks."""
+
+    def __init__(self, storage: Storage) -> None:
+        self._storage = storage
+        self.state = self._load()
+
+    def put(self, state: DeviceState) -> None:
+        """Keep the state: in memory at once, then durably. Raises OSError when the storage refuses."""
+        self.state = state
+        replace_durably(self._storage, STATE_NAME, encode_record(STATE_KIND, asdict(state)))
+
+    def _load(self) -> DeviceState:
+        data = self._storage.read(STATE_NAME)
+        if data is None:
+            return DeviceState()
+        fields: dict[str, Any] = decode_record(data, STATE_KIND)
+        update = fields.pop("update")
+        finished = {job: (attempt, until) for job, (attempt, until) in fields.pop("finished").items()}
+        return DeviceState(
+            **fields,
+            finished=finished,
+            update=Update(**{**update, "phase": Phase(update["phase"])}) if update else None,
+        )
