@@ -21,6 +21,7 @@ from activities.delta_builder import DeltaBuilder, DeltaNotBuiltError
 from firmware.delta import CODECS, too_large
 from models.artifacts import BuildDeltaInput, BuildDeltaResult, DeltaRecord, DeltaRef
 from models.errors import NotFoundError, VerificationError
+from models.ids import SHA256
 from models.rollout import PrepareArtifactsInput, PrepareArtifactsResult
 from store.deltas import DeltaStore
 
@@ -71,11 +72,10 @@ class ArtifactActivities:
                 "publish its release again",
                 non_retryable=True,
             )
-        bases = sorted((base for base in plan.bases if base[0] != plan.target_sha256), key=lambda base: -base[1])
         async with _heartbeats():
             results = [
                 (base, await self._build(BuildDeltaInput(base_sha256=base, target_sha256=plan.target_sha256)))
-                for base, _ in bases[:MAX_BASES]
+                for base in _bases(plan)
             ]
             deltas = [result.delta for _, result in results if result.delta]
             await self.rollouts.write_document(plan.job_no, deltas)
@@ -96,10 +96,9 @@ class ArtifactActivities:
             return BuildDeltaResult(delta=known.delta, reused=True)
         try:
             patch = await self._patch(wanted)
-        except (NotFoundError, VerificationError) as error:  # not recorded: publishing the image again mends it
-            return self._failed(wanted, str(error))
         except DeltaNotBuiltError as error:
-            await self.deltas.record(wanted, DeltaRecord(failure=str(error)))
+            if error.lasting:
+                await self.deltas.record(wanted, DeltaRecord(failure=str(error)))
             return self._failed(wanted, str(error))
         delta = DeltaRef(
             base_sha256=wanted.base_sha256,
@@ -113,23 +112,34 @@ class ArtifactActivities:
         return BuildDeltaResult(delta=delta)
 
     async def _patch(self, wanted: BuildDeltaInput) -> bytes:
-        """A delta worth offering. Raises DeltaNotBuiltError; NotFoundError, VerificationError for what the store has."""
+        """A delta worth offering. Raises DeltaNotBuiltError."""
         codec = CODECS.get(wanted.codec)
         if codec is None:
-            raise DeltaNotBuiltError(f"no codec named {wanted.codec}; there is {', '.join(CODECS)}")
+            raise DeltaNotBuiltError(f"no codec named {wanted.codec}; there is {', '.join(CODECS)}", lasting=True)
         images = (wanted.base_sha256, wanted.target_sha256)
-        if any((await self.artifacts.size(image) or 0) > codec.max_image_bytes for image in images):
-            raise DeltaNotBuiltError(too_large(codec))
-        base, target = [await self.artifacts.get(image) for image in images]
+        sizes = [await self.artifacts.size(image) or 0 for image in images]
+        if max(sizes) > codec.max_image_bytes:
+            raise DeltaNotBuiltError(too_large(codec), lasting=True)
+        try:
+            base, target = [await self.artifacts.get(image) for image in images]
+        except (NotFoundError, VerificationError) as error:  # publishing the image again mends it
+            raise DeltaNotBuiltError(str(error), lasting=False) from error
         patch = await self.builder.build(codec.name, base, target)
         if len(patch) >= len(target):
-            raise DeltaNotBuiltError(f"the delta has {len(patch)} bytes, the image itself {len(target)}")
+            reason = f"the delta has {len(patch)} bytes, the image itself {len(target)}"
+            raise DeltaNotBuiltError(reason, lasting=True)
         return patch
 
     def _failed(self, wanted: BuildDeltaInput, reason: str) -> BuildDeltaResult:
         DELTAS.labels("failed").inc()
         log.warning("no delta", base=wanted.base_sha256, target=wanted.target_sha256, reason=reason)
         return BuildDeltaResult(failure=reason)
+
+
+def _bases(plan: PrepareArtifactsInput) -> list[str]:
+    """The images worth a delta, most frequent first. What devices report is not always the name of an image."""
+    usable = [base for base in plan.bases if base[0] != plan.target_sha256 and SHA256.fullmatch(base[0])]
+    return [sha256 for sha256, _ in sorted(usable, key=lambda base: -base[1])[:MAX_BASES]]
 
 
 @asynccontextmanager
