@@ -1,0 +1,121 @@
+"""`python -m gateway`: the devices' door. Exactly one is active; others stand by and take over when it is gone.
+
+The active one holds an advisory lock of PostgreSQL in a session of its own. When that session ends, for whatever reason,
+it stops serving at once and exits; a standby that gets the lock connects to the broker under the same client id, which
+also ends what may be left of the former session.
+"""
+
+import argparse
+import asyncio
+import signal
+import sys
+
+import psycopg
+import structlog
+import uvloop
+
+from firmware.keys import load_private_key
+from gateway.documents import Documents
+from gateway.service import Gateway
+from models.errors import InvalidInputError, TidegateError, UnavailableError
+from models.protocol import REQUEST_FILTERS
+from models.settings import Settings
+from observe import logs, metrics
+from store.engine import Database
+from transport.connection import Connection
+
+log = structlog.get_logger("gateway")
+
+ACTIVE_LOCK = 7311461
+CLIENT_ID = "tidegate-gateway"
+STANDBY_POLL_SECONDS = 0.5
+LOCK_CHECK_SECONDS = 2.0
+
+
+async def hold_lock(settings: Settings, stop: asyncio.Event) -> psycopg.AsyncConnection | None:
+    """Wait until this process is the active gateway; None when it was stopped before."""
+    assert settings.database_url
+    connection = await psycopg.AsyncConnection.connect(settings.database_url, autocommit=True)
+    told = False
+    while not stop.is_set():
+        row = await (await connection.execute("SELECT pg_try_advisory_lock(%s)", (ACTIVE_LOCK,))).fetchone()
+        if row and row[0]:
+            return connection
+        if not told:
+            log.info("standing by: another gateway is active")
+            told = True
+        try:
+            await asyncio.wait_for(stop.wait(), STANDBY_POLL_SECONDS)
+        except TimeoutError:
+            continue
+    await connection.close()
+    return None
+
+
+async def watch_lock(connection: psycopg.AsyncConnection, stop: asyncio.Event) -> None:
+    """Raise UnavailableError as soon as the session that holds the lock is gone."""
+    while not stop.is_set():
+        try:
+            await connection.execute("SELECT 1")
+        except psycopg.OperationalError as error:
+            raise UnavailableError("lost the session that makes this gateway the active one; exiting") from error
+        try:
+            await asyncio.wait_for(stop.wait(), LOCK_CHECK_SECONDS)
+        except TimeoutError:
+            continue
+
+
+async def serve(settings: Settings) -> None:
+    """Run until SIGTERM or SIGINT."""
+    if not settings.database_url or not settings.artifact_url or not settings.order_key:
+        raise InvalidInputError(
+            "the gateway needs TIDEGATE_DATABASE_URL, TIDEGATE_ARTIFACT_URL and TIDEGATE_ORDER_KEY, or the state "
+            "directory of a running 'starter.py up'"
+        )
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    port = metrics.serve(settings.metrics_host, settings.gateway_metrics_port)
+    db = Database(settings.database_url, max_size=4)
+    await db.open(timeout=30)
+    lock = await hold_lock(settings, stop)
+    if lock is not None:
+        documents = Documents(
+            settings.artifact_url, load_private_key(settings.order_key), settings.order_lifetime_seconds
+        )
+        connection = Connection(CLIENT_ID, keep_session=True)
+        gateway = Gateway(db, connection, documents, settings)
+        await connection.open(settings, REQUEST_FILTERS, gateway.receive)
+        log.info("ready", metrics_port=port, broker=settings.mqtt_url)
+        try:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(gateway.run(stop))
+                group.create_task(watch_lock(lock, stop))
+        finally:
+            await connection.close()
+            await lock.close()
+    await db.close()
+    log.info("stopped")
+
+
+def main() -> None:
+    """Entry point."""
+    parser = argparse.ArgumentParser(
+        prog="python -m gateway",
+        description="The devices' door: MQTT to PostgreSQL in batches. Settings come from TIDEGATE_... variables and "
+        "from the state directory of a running stack (docs/reference.md).",
+    )
+    parser.parse_args()
+    settings = Settings().with_endpoints()
+    logs.configure("gateway", settings)
+    try:
+        uvloop.run(serve(settings))
+    except* TidegateError as errors:
+        for error in errors.exceptions:
+            log.error("gateway stopped", error=str(error))
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,99 @@
+"""What a device is told to do: the job document, with an order signed for it alone.
+
+All of the document but the order is the same for every device of a job that runs the same image, so it is rendered once
+per (job, base image) and spliced in as bytes.
+"""
+
+import hashlib
+import secrets
+from base64 import b64decode
+from dataclasses import dataclass
+from typing import Any
+
+import orjson
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from psycopg import AsyncConnection
+
+from domain.admission import ExecutionRow
+from firmware.envelope import EnvelopeSigner
+from firmware.manifest import ORDER_PAYLOAD_TYPE, Order, encode_order
+
+
+@dataclass(frozen=True, slots=True)
+class _Template:
+    operation: str
+    release_sha256: str
+    """Of the release envelope's payload: what the order refers to."""
+    common: bytes
+    """The document's members but `order` and `deltas`, without the closing brace."""
+    deltas: dict[str, tuple[str, bytes]]
+    """By base image: the delta's sha256, and the `deltas` array as JSON."""
+
+
+class Documents:
+    """Templates by job, kept for the life of the gateway: a job's document never changes once its waves open."""
+
+    def __init__(self, artifact_url: str, order_key: Ed25519PrivateKey, order_lifetime_seconds: int) -> None:
+        self._base_url = artifact_url.rstrip("/")
+        self._signer = EnvelopeSigner(order_key, ORDER_PAYLOAD_TYPE)
+        self._lifetime = order_lifetime_seconds
+        self._templates: dict[int, _Template] = {}
+
+    async def ensure(self, connection: AsyncConnection, job_nos: list[int]) -> None:
+        """Load the templates of these jobs that are not known yet."""
+        missing = [job_no for job_no in job_nos if job_no not in self._templates]
+        if not missing:
+            return
+        cursor = await connection.execute(
+            "SELECT job_no, document FROM jobs WHERE job_no = ANY(%s) AND document IS NOT NULL", (missing,)
+        )
+        for job_no, document in await cursor.fetchall():
+            self._templates[job_no] = self._template(document)
+
+    def has(self, job_no: int) -> bool:
+        """Whether the job's document is known: without it nothing can be started."""
+        return job_no in self._templates
+
+    def render(self, execution: ExecutionRow, job_id: str, now: int) -> orjson.Fragment:
+        """The document for one device and attempt, as JSON, signed now."""
+        template = self._templates[execution.job_no]
+        delta = template.deltas.get(execution.base_sha256 or "")
+        order = Order(
+            device_id=execution.device_id,
+            job_id=job_id,
+            attempt=execution.execution_number,
+            operation=template.operation,
+            release_sha256=template.release_sha256,
+            issued_at=now,
+            expires_at=now + self._lifetime,
+            nonce=secrets.token_hex(16),
+            deltas=(delta[0],) if delta else (),
+        )
+        envelope = orjson.dumps(self._signer.sign(encode_order(order)))
+        deltas = delta[1] if delta else b"[]"
+        return orjson.Fragment(b'%b,"deltas":%b,"order":%b}' % (template.common, deltas, envelope))
+
+    def _template(self, document: dict[str, Any]) -> _Template:
+        common = {
+            "operation": document["operation"],
+            "version": document["version"],
+            "release": document["release"],
+            "full": {**document["full"], "url": self._url(document["full"]["sha256"]), "compression": None},
+        }
+        deltas = {
+            delta["base_sha256"]: (delta["sha256"], orjson.dumps([self._delta(delta)])) for delta in document["deltas"]
+        }
+        payload = b64decode(document["release"]["payload"])
+        return _Template(document["operation"], hashlib.sha256(payload).hexdigest(), orjson.dumps(common)[:-1], deltas)
+
+    def _delta(self, delta: dict[str, Any]) -> dict[str, Any]:
+        return {
+            "base_sha256": delta["base_sha256"],
+            "url": self._url(delta["sha256"]),
+            "sha256": delta["sha256"],
+            "size": delta["size_bytes"],
+            "codec": delta["codec"],
+        }
+
+    def _url(self, sha256: str) -> str:
+        return f"{self._base_url}/artifacts/{sha256}"

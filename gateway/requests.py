@@ -1,0 +1,196 @@
+"""From a message's bytes to a request, or to the reason why it is none. Pure.
+
+The client token is found before anything else is judged, so that a rejection can carry it. What cannot be stored
+(`\\u0000`, invalid UTF-8, NaN) is refused here, before it can reach PostgreSQL.
+"""
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import orjson
+
+from domain.admission import Report
+from models.protocol import (
+    MAX_CLIENT_TOKEN_BYTES,
+    MAX_REQUEST_BYTES,
+    MAX_STATUS_DETAILS,
+    MAX_STATUS_VALUE_CHARS,
+    ErrorCode,
+    ExecutionState,
+    RequestTopic,
+    Verb,
+)
+
+_MAX_INTEGER = 2**53
+_DEVICE_STATES = {
+    state.value: state
+    for state in (
+        ExecutionState.IN_PROGRESS,
+        ExecutionState.SUCCEEDED,
+        ExecutionState.FAILED,
+        ExecutionState.REJECTED,
+    )
+}
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass(frozen=True, slots=True)
+class Heartbeat:
+    """What a heartbeat says, in the units of the presence table; `device_time` in epoch seconds."""
+
+    device_time: float | None
+    uptime: int | None
+    free_memory: int | None
+    cpu_temperature: float | None
+    firmware_version: str | None
+    firmware_sha256: str | None
+    signal_strength: float | None
+    error_count: int | None
+    extra: dict[str, float] | None
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A well-formed request."""
+
+    topic: RequestTopic
+    token: str | None = None
+    details: dict[str, str] | None = None
+    report: Report | None = None
+    want_state: bool = False
+    want_document: bool = False
+    heartbeat: Heartbeat | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class BadRequest:
+    """Why a message is no request."""
+
+    code: ErrorCode
+    message: str
+    token: str | None = None
+
+
+def parse_request(topic: RequestTopic, payload: bytes) -> Request | BadRequest:
+    """Judge a payload."""
+    if len(payload) > MAX_REQUEST_BYTES:
+        return BadRequest(ErrorCode.INVALID_REQUEST, f"{len(payload)} bytes, at most {MAX_REQUEST_BYTES} are accepted")
+    try:
+        body = orjson.loads(payload) if payload else {}
+    except orjson.JSONDecodeError as error:
+        return BadRequest(ErrorCode.INVALID_JSON, f"not JSON: {error}"[:200])
+    if not isinstance(body, dict):
+        return BadRequest(ErrorCode.INVALID_JSON, f"expected an object, got {type(body).__name__}")
+    token = body.get("clientToken")
+    if token is not None and (
+        not isinstance(token, str) or "\x00" in token or len(token.encode()) > MAX_CLIENT_TOKEN_BYTES
+    ):
+        return BadRequest(
+            ErrorCode.INVALID_REQUEST, f"clientToken: expected text of at most {MAX_CLIENT_TOKEN_BYTES} bytes"
+        )
+    try:
+        if topic.verb is Verb.HEARTBEAT:
+            return Request(topic, heartbeat=_heartbeat(topic.thing, body))
+        if topic.verb is Verb.UPDATE:
+            return _update(topic, token, body)
+        return Request(topic, token, details=_details(body))
+    except ValueError as error:
+        return BadRequest(ErrorCode.INVALID_REQUEST, str(error)[:300], token)
+
+
+def _update(topic: RequestTopic, token: str | None, body: dict[str, Any]) -> Request:
+    status = _DEVICE_STATES.get(str(body.get("status")))
+    if status is None:
+        raise ValueError(f"status: expected one of {', '.join(_DEVICE_STATES)}, got {body.get('status')!r:.60}")
+    report = Report(
+        status, _details(body), _integer(body, "expectedVersion", lenient=True), _integer(body, "executionNumber", True)
+    )
+    return Request(
+        topic,
+        token,
+        report=report,
+        want_state=body.get("includeJobExecutionState") is True,
+        want_document=body.get("includeJobDocument") is True,
+    )
+
+
+def _details(body: dict[str, Any]) -> dict[str, str] | None:
+    details = body.get("statusDetails")
+    if details is None:
+        return None
+    if not isinstance(details, dict) or len(details) > MAX_STATUS_DETAILS:
+        raise ValueError(f"statusDetails: expected an object of at most {MAX_STATUS_DETAILS} pairs")
+    for key, value in details.items():
+        if not isinstance(value, str) or len(value) > MAX_STATUS_VALUE_CHARS or len(key) > 128:
+            raise ValueError(f"statusDetails.{key:.40}: expected text of at most {MAX_STATUS_VALUE_CHARS} characters")
+        if "\x00" in value or "\x00" in key:
+            raise ValueError(f"statusDetails.{key!r:.40}: the character U+0000 is not accepted")
+    return details
+
+
+def _integer(body: dict[str, Any], name: str, lenient: bool = False) -> int | None:
+    """An integer; `lenient` also takes one written as text, as AWS's first SDK sends it."""
+    value = body.get(name)
+    if value is None:
+        return None
+    if lenient and isinstance(value, str) and value.isascii() and value.isdigit() and len(value) < 10:
+        return int(value)
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**31:
+        raise ValueError(f"{name}: expected an integer, got {value!r:.40}")
+    return value
+
+
+_KNOWN = {
+    "deviceId",
+    "timestamp",
+    "uptime",
+    "freeMemory",
+    "cpuTemperature",
+    "firmwareVersion",
+    "firmwareSha256",
+    "networkSignalStrength",
+    "errorCount",
+    "clientToken",
+}
+
+
+def _heartbeat(thing: str, body: dict[str, Any]) -> Heartbeat:
+    if body.get("deviceId", thing) != thing:
+        raise ValueError(f"deviceId: expected {thing}, as the topic says, got {body['deviceId']!r:.60}")
+    extra = {key: value for key, value in body.items() if key not in _KNOWN and _is_number(value) and "\x00" not in key}
+    timestamp = _number(body, "timestamp")
+    version, sha256 = body.get("firmwareVersion"), body.get("firmwareSha256")
+    if version is not None and (not isinstance(version, str) or len(version) > 50 or "\x00" in version):
+        raise ValueError(f"firmwareVersion: expected text of at most 50 characters, got {version!r:.60}")
+    if sha256 is not None and (not isinstance(sha256, str) or not _SHA256.fullmatch(sha256)):
+        raise ValueError(f"firmwareSha256: expected 64 hexadecimal digits, got {sha256!r:.80}")
+    return Heartbeat(
+        device_time=None if timestamp is None or not 0 <= timestamp < 4e12 else timestamp / 1000,
+        uptime=_whole(body, "uptime"),
+        free_memory=_whole(body, "freeMemory"),
+        cpu_temperature=_number(body, "cpuTemperature"),
+        firmware_version=version,
+        firmware_sha256=sha256,
+        signal_strength=_number(body, "networkSignalStrength"),
+        error_count=_whole(body, "errorCount"),
+        extra=dict(list(extra.items())[:20]) or None,
+    )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < _MAX_INTEGER
+
+
+def _number(body: dict[str, Any], name: str) -> float | None:
+    value = body.get(name)
+    if value is None:
+        return None
+    if not _is_number(value):
+        raise ValueError(f"{name}: expected a number, got {value!r:.40}")
+    return float(value)
+
+
+def _whole(body: dict[str, Any], name: str) -> int | None:
+    value = _number(body, name)
+    return None if value is None else int(value)

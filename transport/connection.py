@@ -1,0 +1,134 @@
+"""MQTT for the server's side over gmqtt: one client that reconnects by itself, and bulk publishing.
+
+The gateway uses `acknowledge=...` handlers: a QoS 1 message is acknowledged when the handler has returned, which the
+gateway lets happen only after its transaction has committed. Publishing is at QoS 0: every message to a device is a hint
+or an answer that the device asks for again when it is lost.
+"""
+
+import asyncio
+import logging
+import ssl
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
+from urllib.parse import urlsplit
+
+import gmqtt
+from gmqtt.mqtt.constants import MQTTv311
+
+from models.errors import InvalidInputError, UnavailableError
+from models.settings import Settings
+
+Handler = Callable[[str | bytes, bytes], Awaitable[None]]
+CONNECT_SECONDS = 10.0
+_MUTE = logging.getLogger("tidegate.gmqtt")
+_MUTE.setLevel(logging.ERROR)
+
+
+def broker_address(settings: Settings) -> tuple[str, int, ssl.SSLContext | None]:
+    """Host, port and TLS context of `settings.mqtt_url`. Raises InvalidInputError naming what is wrong."""
+    if not settings.mqtt_url:
+        raise InvalidInputError(
+            "no MQTT broker is known: set TIDEGATE_MQTT_URL, or start the embedded stack with 'starter.py up'"
+        )
+    url = urlsplit(settings.mqtt_url)
+    if url.scheme not in ("mqtt", "mqtts") or not url.hostname:
+        raise InvalidInputError(f"TIDEGATE_MQTT_URL is {settings.mqtt_url!r}, expected mqtt://host:port or mqtts://...")
+    if url.scheme == "mqtt":
+        return url.hostname, url.port or 1883, None
+    context = ssl.create_default_context(cafile=str(settings.mqtt_ca) if settings.mqtt_ca else None)
+    if settings.mqtt_certificate:
+        context.load_cert_chain(settings.mqtt_certificate, settings.mqtt_private_key)
+    return url.hostname, url.port or 8883, context
+
+
+class Connection:
+    """One MQTT 3.1.1 session."""
+
+    def __init__(self, client_id: str, *, keep_session: bool = False) -> None:
+        self._client = gmqtt.Client(
+            client_id, clean_session=not keep_session, optimistic_acknowledgement=False, logger=_MUTE
+        )
+        self._client.set_config({"reconnect_retries": -1, "reconnect_delay": 1})
+        self._filters: list[str] = []
+        self._granted: dict[int, asyncio.Future[tuple[int, ...]]] = {}
+        self._background: set[asyncio.Task[None]] = set()
+        self._client.on_subscribe = self._on_subscribe
+        self._client.on_connect = self._on_connect
+        self.reconnects = 0
+        self._was_connected = False
+
+    async def open(self, settings: Settings, filters: Sequence[str] = (), handler: Handler | None = None) -> None:
+        """Connect, subscribe, and read every SUBACK. Raises UnavailableError or InvalidInputError."""
+        host, port, context = broker_address(settings)
+        self._filters = list(filters)
+        if handler is not None:
+            self._receive_with(handler)
+        try:
+            async with asyncio.timeout(CONNECT_SECONDS):
+                await self._client.connect(host, port, ssl=context or False, keepalive=30, version=MQTTv311)
+        except (OSError, TimeoutError, gmqtt.mqtt.handler.MQTTConnectError) as error:
+            raise UnavailableError(
+                f"cannot connect to the MQTT broker at {host}:{port}: {error or 'no answer'}; "
+                "start the stack with 'starter.py up', or check TIDEGATE_MQTT_URL"
+            ) from error
+        await self._subscribe()
+        self._was_connected = True
+
+    def _receive_with(self, handler: Handler) -> None:
+        async def on_message(_client: Any, topic: Any, payload: bytes, _qos: int, _properties: Any) -> int:
+            await handler(topic, payload)
+            return 0
+
+        self._client.on_message = on_message
+
+    async def _subscribe(self) -> None:
+        """Subscribe one by one and wait for each SUBACK: what asks for an answer may be published only after it."""
+        for topic_filter in self._filters:
+            mid = self._client.subscribe(topic_filter, qos=1)
+            answer = self._granted.setdefault(mid, asyncio.get_running_loop().create_future())
+            async with asyncio.timeout(CONNECT_SECONDS):
+                granted = await answer
+            del self._granted[mid]
+            if any(code >= 0x80 for code in granted):
+                raise UnavailableError(
+                    f"the broker refused the subscription {topic_filter!r}; on nats-server check max_ack_pending"
+                )
+
+    def _on_subscribe(self, _client: Any, mid: int, granted: Sequence[int], _properties: Any) -> None:
+        answer = self._granted.setdefault(mid, asyncio.get_running_loop().create_future())
+        if not answer.done():
+            answer.set_result(tuple(granted))
+
+    def _on_connect(self, _client: Any, _flags: Any, _code: Any, _properties: Any) -> None:
+        if self._was_connected:
+            self.reconnects += 1
+            task = asyncio.get_running_loop().create_task(self._subscribe())
+            self._background.add(task)
+            task.add_done_callback(self._background.discard)
+
+    @property
+    def is_connected(self) -> bool:
+        """Whether the broker has accepted and the link is up."""
+        return bool(self._client.is_connected)
+
+    def publish(self, topic: str, payload: bytes) -> None:
+        """Send at QoS 0. While the link is down the message is dropped: devices ask again."""
+        if self._client.is_connected:
+            self._client.publish(topic, payload, qos=0)
+
+    def pause(self, paused: bool) -> None:
+        """Stop or go on reading from the broker: backpressure for a full queue."""
+        transport = getattr(self._client._connection, "_transport", None)
+        if transport is None or transport.is_closing():
+            return
+        if paused:
+            transport.pause_reading()
+        else:
+            transport.resume_reading()
+
+    async def close(self) -> None:
+        """Disconnect in good order."""
+        for task in self._background:
+            task.cancel()
+        if self._client._connection is not None:
+            await self._client.disconnect()
