@@ -133,7 +133,9 @@ class Gateway:
                 inbound.done.set_result(None)
 
     async def _give_up_on(self, inbound: Inbound, error: Exception) -> list[Outgoing]:
-        bad = BadRequest(ErrorCode.INTERNAL_ERROR, "the request could not be handled; it has been kept for inspection")
+        parsed = parse_request(inbound.topic, inbound.payload) if inbound.topic else None
+        token = parsed.token if parsed else None
+        bad = BadRequest(ErrorCode.INTERNAL_ERROR, "the request could not be handled; it has been kept", token)
         QUARANTINED.labels(bad.code.value).inc()
         thing = inbound.topic.thing if inbound.topic else None
         async with self.db.pool.connection() as connection:
