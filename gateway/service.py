@@ -8,6 +8,7 @@
 """
 
 import asyncio
+import collections
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -145,6 +146,7 @@ class Gateway:
 
     async def _transact(self, inbounds: Sequence[Inbound]) -> list[Outgoing]:
         """One transaction over a batch. Returns what to publish once it has committed."""
+        verbs: collections.Counter[str] = collections.Counter()
         requests: list[Request] = []
         bad: list[tuple[Inbound, BadRequest]] = []
         for inbound in inbounds:
@@ -153,11 +155,13 @@ class Gateway:
                 if inbound.topic is None
                 else parse_request(inbound.topic, inbound.payload)
             )
-            MESSAGES.labels(inbound.topic.verb.value if inbound.topic else "unknown").inc()
+            verbs[inbound.topic.verb.value if inbound.topic else "unknown"] += 1
             if isinstance(parsed, Request):
                 requests.append(parsed)
             else:
                 bad.append((inbound, parsed))
+        for verb, count in verbs.items():
+            MESSAGES.labels(verb).inc(count)
         asked = [request for request in requests if request.heartbeat is None]
         beats = {request.topic.thing: request.heartbeat for request in requests if request.heartbeat is not None}
         outgoing: list[Outgoing] = []

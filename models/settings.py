@@ -53,7 +53,7 @@ class Settings(BaseSettings):
     gateway_metrics_port: int = Field(default=0, description="Port of the gateway's metrics; 0 picks a free one.")
     log_format: Literal["console", "json"] = Field(default="console", description="console or json.")
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field(default="INFO", description="Least level logged.")
-    gateway_batch_milliseconds: int = Field(default=10, ge=0, description="How long a batch gathers messages.")
+    gateway_batch_milliseconds: int = Field(default=20, ge=0, description="How long a batch gathers messages.")
     gateway_batch_messages: int = Field(default=2000, ge=1, description="Most messages in one batch.")
     gateway_queue_messages: int = Field(default=50_000, ge=1, description="Messages held before backpressure.")
 

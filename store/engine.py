@@ -11,12 +11,16 @@ from pathlib import Path
 
 import alembic.command
 import alembic.config
+import orjson
 import psycopg
+import psycopg.types.json
 from psycopg import AsyncConnection
 from psycopg_pool import AsyncConnectionPool, PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
 
 from models.errors import UnavailableError
+
+psycopg.types.json.set_json_loads(orjson.loads)
 
 MIGRATIONS = Path(__file__).parent.parent / "migrations"
 

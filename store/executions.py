@@ -34,9 +34,9 @@ SELECT job_no, job_id, operation, status, in_flight_cap, per_minute, in_flight, 
 FROM jobs
 WHERE job_no = ANY(ARRAY(
         SELECT job_no FROM executions
-        WHERE device_id = ANY(%(things)s) AND exclusive AND state IN ('PENDING','QUEUED','IN_PROGRESS')
+        WHERE device_id = ANY(ARRAY(SELECT jsonb_array_elements_text(%(things)s::jsonb))) AND exclusive AND state IN ('PENDING','QUEUED','IN_PROGRESS')
       ))
-   OR job_id = ANY(%(job_ids)s) OR job_no = ANY(%(job_nos)s)
+   OR job_id = ANY(ARRAY(SELECT jsonb_array_elements_text(%(job_ids)s::jsonb))) OR job_no = ANY(%(job_nos)s)
 ORDER BY job_no FOR UPDATE
 """
 
@@ -49,9 +49,9 @@ SELECT w.job_no, w.wave, w.status, w.completion_count, w.pending, w.queued, w.in
 FROM waves w
 WHERE w.job_no = ANY(ARRAY(
         SELECT job_no FROM executions
-        WHERE device_id = ANY(%(things)s) AND exclusive AND state IN ('PENDING','QUEUED','IN_PROGRESS')
+        WHERE device_id = ANY(ARRAY(SELECT jsonb_array_elements_text(%(things)s::jsonb))) AND exclusive AND state IN ('PENDING','QUEUED','IN_PROGRESS')
       ))
-   OR w.job_no = ANY(ARRAY(SELECT job_no FROM jobs WHERE job_id = ANY(%(job_ids)s)))
+   OR w.job_no = ANY(ARRAY(SELECT job_no FROM jobs WHERE job_id = ANY(ARRAY(SELECT jsonb_array_elements_text(%(job_ids)s::jsonb)))))
    OR w.job_no = ANY(%(job_nos)s)
 """
 
@@ -64,12 +64,12 @@ extract(epoch FROM e.finished_at)::float8, extract(epoch FROM e.deadline_at)::fl
 
 _OPEN_EXECUTIONS = f"""
 SELECT {_EXECUTION_COLUMNS} FROM executions e
-WHERE e.device_id = ANY(%(things)s) AND e.exclusive AND e.state IN ('PENDING','QUEUED','IN_PROGRESS')
+WHERE e.device_id = ANY(ARRAY(SELECT jsonb_array_elements_text(%(things)s::jsonb))) AND e.exclusive AND e.state IN ('PENDING','QUEUED','IN_PROGRESS')
 """
 
 _NAMED_EXECUTIONS = f"""
 SELECT {_EXECUTION_COLUMNS}
-FROM unnest(%(pair_jobs)s::text[], %(pair_things)s::text[]) AS r(job_id, device_id)
+FROM jsonb_to_recordset(%(pairs)s::jsonb) AS r(job_id text, device_id text)
 JOIN jobs j ON j.job_id = r.job_id
 JOIN executions e ON e.job_no = j.job_no AND e.device_id = r.device_id
 """
@@ -78,14 +78,13 @@ _NOW = "SELECT extract(epoch FROM clock_timestamp())::float8"
 
 _SAVE_EXECUTIONS = """
 UPDATE executions e SET
-  state = n.state, version_number = n.version_number, step = n.step, status_details = n.details::jsonb,
+  state = n.state, version_number = n.version_number, step = n.step, status_details = n.details,
   failure_class = n.failure_class, reason = n.reason, by_delta = n.by_delta,
   started_at = to_timestamp(n.started_at), updated_at = to_timestamp(n.updated_at),
   finished_at = to_timestamp(n.finished_at), deadline_at = to_timestamp(n.deadline_at)
-FROM unnest(%s::bigint[], %s::text[], %s::text[], %s::int[], %s::text[], %s::text[], %s::text[], %s::text[],
-            %s::bool[], %s::float8[], %s::float8[], %s::float8[], %s::float8[])
-  AS n(job_no, device_id, state, version_number, step, details, failure_class, reason, by_delta, started_at,
-       updated_at, finished_at, deadline_at)
+FROM jsonb_to_recordset(%s::jsonb)
+  AS n(job_no bigint, device_id text, state text, version_number int, step text, details jsonb, failure_class text,
+       reason text, by_delta bool, started_at float8, updated_at float8, finished_at float8, deadline_at float8)
 WHERE e.job_no = n.job_no AND e.device_id = n.device_id
 """
 
@@ -103,7 +102,7 @@ WHERE job_no = %s
 
 _SAVE_INSTALLED = """
 UPDATE devices d SET firmware_version = n.version, firmware_sha256 = n.sha256, updated_at = now()
-FROM unnest(%s::text[], %s::text[], %s::text[]) AS n(device_id, version, sha256)
+FROM jsonb_to_recordset(%s::jsonb) AS n(device_id text, version text, sha256 text)
 WHERE d.device_id = n.device_id
 """
 
@@ -157,12 +156,12 @@ async def load(
     connection: AsyncConnection, things: Sequence[str], pairs: Sequence[tuple[str, str]], job_nos: Sequence[int]
 ) -> Batch:
     """Lock the jobs and read what the batch needs: each statement sees what committed before the lock was granted."""
+    # As JSON, not as arrays: psycopg writes an array element by element in Python, orjson all at once.
     arguments = {
-        "things": list(things),
-        "job_ids": list({job_id for job_id, _ in pairs}),
+        "things": _json(list(things)),
+        "job_ids": _json(list({job_id for job_id, _ in pairs})),
         "job_nos": list(job_nos),
-        "pair_jobs": [job_id for job_id, _ in pairs],
-        "pair_things": [thing for _, thing in pairs],
+        "pairs": _json([{"job_id": job_id, "device_id": thing} for job_id, thing in pairs]),
     }
     async with connection.pipeline():
         cursors = [connection.cursor() for _ in range(5)]
@@ -212,7 +211,7 @@ async def save(batch: Batch) -> None:
         return
     async with batch.connection.pipeline():
         if changed:
-            await batch.connection.execute(_SAVE_EXECUTIONS, _execution_columns(changed))
+            await batch.connection.execute(_SAVE_EXECUTIONS, (_json([_saved(e) for e in changed]),))
         for job in jobs:
             seconds = sorted(job.admitted)
             counts = [job.admitted[second] for second in seconds]
@@ -226,10 +225,8 @@ async def save(batch: Batch) -> None:
                 await batch.connection.execute("SELECT pg_notify(%s, %s)", (CHANNEL, str(job.job_no)))
         installed = installed_by(changed, batch)
         if installed:
-            things = list(installed)
-            await batch.connection.execute(
-                _SAVE_INSTALLED, (things, [installed[t][0] for t in things], [installed[t][1] for t in things])
-            )
+            rows = [{"device_id": t, "version": v, "sha256": sha} for t, (v, sha) in installed.items()]
+            await batch.connection.execute(_SAVE_INSTALLED, (_json(rows),))
 
 
 def installed_by(changed: list[ExecutionRow], batch: Batch) -> dict[str, tuple[str, str]]:
@@ -282,22 +279,26 @@ def _execution(row: tuple[Any, ...]) -> ExecutionRow:
     return ExecutionRow(row[0], row[1], row[2], ExecutionState(row[3]), *row[4:])
 
 
-def _execution_columns(rows: list[ExecutionRow]) -> tuple[list[Any], ...]:
-    return (
-        [e.job_no for e in rows],
-        [e.device_id for e in rows],
-        [e.state.value for e in rows],
-        [e.version_number for e in rows],
-        [e.step for e in rows],
-        [None if e.details is None else orjson.dumps(e.details).decode() for e in rows],
-        [e.failure_class for e in rows],
-        [e.reason for e in rows],
-        [e.by_delta for e in rows],
-        [e.started_at for e in rows],
-        [e.updated_at for e in rows],
-        [e.finished_at for e in rows],
-        [e.deadline_at for e in rows],
-    )
+def _saved(execution: ExecutionRow) -> dict[str, Any]:
+    return {
+        "job_no": execution.job_no,
+        "device_id": execution.device_id,
+        "state": execution.state.value,
+        "version_number": execution.version_number,
+        "step": execution.step,
+        "details": execution.details,
+        "failure_class": execution.failure_class,
+        "reason": execution.reason,
+        "by_delta": execution.by_delta,
+        "started_at": execution.started_at,
+        "updated_at": execution.updated_at,
+        "finished_at": execution.finished_at,
+        "deadline_at": execution.deadline_at,
+    }
+
+
+def _json(value: Any) -> str:
+    return orjson.dumps(value).decode()
 
 
 def _wave_values(wave: WaveRow) -> tuple[Any, ...]:
