@@ -269,11 +269,20 @@ class RolloutStore:
                 text = f"pace: {pace.in_flight} in flight, {pace.per_minute or 'no limit'} per minute"
                 await _event(connection, job_no, "adjusted", text, actor=actor)
 
-    async def finish(self, job_no: int, outcome: Outcome, reason: str) -> FinishRolloutResult:
-        """Withdraw what has not started, and close the job. Repeats after a crash until all of it is done."""
+    async def set_phase(self, job_no: int, phase: Phase, reason: str) -> None:
+        """What is shown of a job that runs; a job that is paused or over keeps what it shows."""
+        async with self.db.pool.connection() as connection:
+            await connection.execute(
+                "UPDATE jobs SET phase = %(phase)s, reason = %(reason)s WHERE job_no = %(job_no)s "
+                "AND status IN ('planned','running') AND (phase, reason) IS DISTINCT FROM (%(phase)s, %(reason)s)",
+                {"phase": phase, "reason": reason, "job_no": job_no},
+            )
+
+    async def withdraw(self, job_no: int, reason: str) -> None:
+        """Stop admission, then cancel what has not started. Several transactions; repeats until all of it is done."""
         async with self.db.pool.connection() as connection:
             if await _lock(connection, job_no) is not JobStatus.FINISHED:
-                # First the stop, in a transaction of its own: nothing starts while the rest is withdrawn.
+                # The stop has a transaction of its own: nothing starts while the rest is withdrawn.
                 await connection.execute("UPDATE jobs SET status = 'halted' WHERE job_no = %s", (job_no,))
         while True:
             async with self.db.pool.connection() as connection:
@@ -281,7 +290,11 @@ class RolloutStore:
                 moved = sum(batch.ledger.withdraw(e, reason, batch.now) for e in list(batch.ledger.by_key.values()))
                 await save(batch)
             if moved == 0:
-                break
+                return
+
+    async def finish(self, job_no: int, outcome: Outcome, reason: str) -> FinishRolloutResult:
+        """Withdraw what has not started, and close the job. Repeats after a crash until all of it is done."""
+        await self.withdraw(job_no, reason)
         async with self.db.pool.connection() as connection:
             closed = await connection.execute(
                 "UPDATE jobs SET status = 'finished', phase = 'done', outcome = %s, reason = %s, "

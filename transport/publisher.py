@@ -19,7 +19,7 @@ class Publisher:
         await connection.open(settings)
         return cls(connection)
 
-    def publish(self, topic: str, payload: bytes) -> None:
+    async def publish(self, topic: str, payload: bytes) -> None:
         """Send a hint; it is dropped while the link is down."""
         self._connection.publish(topic, payload)
 
