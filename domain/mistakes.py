@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-_SHOWN_CHARS = 60
+_SHOWN_CHARS = 72
 
 
 @dataclass(frozen=True, slots=True)

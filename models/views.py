@@ -110,6 +110,20 @@ class ReleaseView(_Frozen):
         return f"{self.product}@{self.version}"
 
 
+class NewRelease(_Frozen):
+    """A release as its publisher hands it in: the signed statement, and what of it is queried."""
+
+    product: str
+    version: str
+    hardware: tuple[str, ...]
+    security_counter: int
+    sha256: str
+    size_bytes: int
+    key_id: str
+    envelope: dict[str, Any]
+    published_by: str | None = None
+
+
 class PublishedRelease(_Frozen):
     """What publishing did: `created` is False when the very same statement was there before."""
 
