@@ -164,12 +164,13 @@ class JobsClient:
 
     def _take(self, message: aiomqtt.Message) -> None:
         topic = str(message.topic)
-        if topic.endswith("/notify-next"):
-            self.hint.set()
-            return
         try:
             body = orjson.loads(message.payload if isinstance(message.payload, bytes) else b"")
         except orjson.JSONDecodeError:
+            return
+        if topic.endswith("/notify-next"):
+            if isinstance(body, dict) and "execution" in body:  # without one it says that nothing waits
+                self.hint.set()
             return
         future = self._waiting.get(str(body.get("clientToken"))) if isinstance(body, dict) else None
         if future is None or future.done():

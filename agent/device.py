@@ -74,7 +74,7 @@ async def _sleep(seconds: float) -> None:
 
 
 class Device:
-    """A device with its storage. `behave` decides what an image does when it runs."""
+    """A device with its storage. `behave` decides what an image does when it runs; `online` is set once it has connected."""
 
     def __init__(
         self,
@@ -96,6 +96,7 @@ class Device:
         self._clock = clock
         self._rng = rng or random.Random()
         self._watch = watch
+        self.online = asyncio.Event()
         self._started = time.monotonic()
 
     async def life(self) -> None:
@@ -131,7 +132,8 @@ class Device:
         async with asyncio.TaskGroup() as tasks:
             helpers = []
             if behaviour is not Behaviour.NO_NETWORK:
-                helpers = [tasks.create_task(client.run()), tasks.create_task(self._beat(client, boot))]
+                parts = (client.run(), self._beat(client, boot), self._announce(client))
+                helpers = [tasks.create_task(part) for part in parts]
             work = tasks.create_task(self._work(updater, client))
             if boot.trial:
                 helpers.append(tasks.create_task(self._guard(updater, work)))
@@ -174,6 +176,10 @@ class Device:
             with contextlib.suppress(OSError):
                 Slots(self._storage).note_cause(f"no answer from the gateway within {seconds:g} s")
             work.cancel()
+
+    async def _announce(self, client: JobsClient) -> None:
+        await client.connected.wait()
+        self.online.set()
 
     async def _beat(self, client: JobsClient, boot: Boot) -> None:
         """Heartbeats, from the first connection on."""

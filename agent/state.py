@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
 from typing import Any
 
+from agent.errors import RecordError
 from agent.records import decode_record, encode_record
 from agent.storage import Storage, replace_durably
 from firmware.manifest import Order, attempt_key
@@ -45,17 +46,26 @@ class Update:
 
 
 @dataclass(frozen=True, slots=True)
-class DeviceState:
-    """`finished`: by job, the last attempt that has ended, and until when its order is valid."""
+class Ended:
+    """An attempt that has ended: until when its order is valid, and the status reported ("" when the server ended it)."""
 
-    finished: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    attempt: int
+    expires_at: int
+    status: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceState:
+    """`finished`: by job, the last attempt that has ended."""
+
+    finished: Mapping[str, Ended] = field(default_factory=dict)
     latest_known_time: int = 0
     update: Update | None = None
 
     @property
     def finished_orders(self) -> frozenset[str]:
         """For `DeviceFacts`: earlier attempts of the same job count as ended with the last one."""
-        return frozenset(attempt_key(job_id, attempt) for job_id, (attempt, _) in self.finished.items())
+        return frozenset(attempt_key(job_id, ended.attempt) for job_id, ended in self.finished.items())
 
     def begun(self, order: Order, version: str, sha256: str, latest_known_time: int) -> "DeviceState":
         """The state once an order has been verified and accepted."""
@@ -66,11 +76,11 @@ class DeviceState:
         """The state without its update; the attempt never starts again."""
         if self.update is None:
             return self
-        finished = {job: entry for job, entry in self.finished.items() if entry[1] > self.latest_known_time} | {
-            self.update.job_id: (self.update.attempt, self.update.expires_at)
+        finished = {job: entry for job, entry in self.finished.items() if entry.expires_at > self.latest_known_time} | {
+            self.update.job_id: Ended(self.update.attempt, self.update.expires_at, self.update.status)
         }
         if len(finished) > MAX_FINISHED:
-            finished = dict(sorted(finished.items(), key=lambda item: item[1][1])[-MAX_FINISHED:])
+            finished = dict(sorted(finished.items(), key=lambda item: item[1].expires_at)[-MAX_FINISHED:])
         return replace(self, finished=finished, update=None)
 
 
@@ -90,9 +100,12 @@ class StateStore:
         data = self._storage.read(STATE_NAME)
         if data is None:
             return DeviceState()
-        fields: dict[str, Any] = decode_record(data, STATE_KIND)
+        try:
+            fields: dict[str, Any] = decode_record(data, STATE_KIND)
+        except RecordError:
+            return DeviceState()
         update = fields.pop("update")
-        finished = {job: (attempt, until) for job, (attempt, until) in fields.pop("finished").items()}
+        finished = {job: Ended(**entry) for job, entry in fields.pop("finished").items()}
         return DeviceState(
             **fields,
             finished=finished,
