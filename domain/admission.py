@@ -13,7 +13,15 @@ Times are seconds since the epoch, by PostgreSQL's clock.
 from dataclasses import dataclass, field
 
 from domain.gate import Breaker
-from domain.lifecycle import DEVICE_MOVES, PHASE_OF_STEP, DeadlinePhase, GateEffect, enters_later_phase, gate_effect
+from domain.lifecycle import (
+    DEVICE_MOVES,
+    PHASE_OF_STEP,
+    SERVER_MOVES,
+    DeadlinePhase,
+    GateEffect,
+    enters_later_phase,
+    gate_effect,
+)
 from models.protocol import TERMINAL_STATES, ErrorCode, ExecutionState, FailureClass
 from models.rollout import JobStatus, WaveStatus
 
@@ -200,7 +208,9 @@ class Ledger:
 
     def expire(self, execution: ExecutionRow, now: float) -> bool:
         """TIMED_OUT when its deadline has passed. Returns whether it was."""
-        if execution.deadline_at is None or execution.deadline_at > now or execution.state in TERMINAL_STATES:
+        if ExecutionState.TIMED_OUT not in SERVER_MOVES.get(execution.state, frozenset()):
+            return False
+        if execution.deadline_at is None or execution.deadline_at > now:
             return False
         if execution.state is ExecutionState.IN_PROGRESS:
             execution.failure_class = FailureClass.SILENT
