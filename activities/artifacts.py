@@ -6,9 +6,11 @@ an activity fail, and be tried again.
 """
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Protocol
 
 import structlog
@@ -27,6 +29,8 @@ from store.deltas import DeltaStore
 
 MAX_BASES = 8
 """Deltas of one rollout: a fleet with more images than that in the field has its rarest served by the full image."""
+BUILDING_TIME = timedelta(minutes=15)
+"""After this no further delta is begun: the rollout starts with what is ready, well within its workflow's timeout."""
 HEARTBEAT_SECONDS = 5.0
 
 DELTAS = Counter("tidegate_deltas", "Deltas asked for by rollouts.", ["result"])
@@ -73,10 +77,7 @@ class ArtifactActivities:
                 non_retryable=True,
             )
         async with _heartbeats():
-            results = [
-                (base, await self._build(BuildDeltaInput(base_sha256=base, target_sha256=plan.target_sha256)))
-                for base in _bases(plan)
-            ]
+            results = await self._build_all(_bases(plan), plan.target_sha256)
             deltas = [result.delta for _, result in results if result.delta]
             await self.rollouts.write_document(plan.job_no, deltas)
         return PrepareArtifactsResult(
@@ -85,6 +86,17 @@ class ArtifactActivities:
             failed=tuple(f"{base[:12]}: {result.failure}" for base, result in results if result.failure),
             delta_bytes=sum(delta.size_bytes for delta in deltas),
         )
+
+    async def _build_all(self, bases: list[str], target: str) -> list[tuple[str, BuildDeltaResult]]:
+        results, end = [], time.monotonic() + BUILDING_TIME.total_seconds()
+        for base in bases:
+            wanted = BuildDeltaInput(base_sha256=base, target_sha256=target)
+            if time.monotonic() < end:
+                results.append((base, await self._build(wanted)))
+            else:
+                reason = f"not begun: those before it took more than {BUILDING_TIME.total_seconds() / 60:.0f} minutes"
+                results.append((base, self._failed(wanted, reason)))
+        return results
 
     async def _build(self, wanted: BuildDeltaInput) -> BuildDeltaResult:
         known = await self.deltas.find(wanted)

@@ -35,7 +35,7 @@ class DeltaBuilder:
 
     memory_bytes: int = 768 * 2**20
     processor_time: timedelta = timedelta(minutes=5)
-    deadline: timedelta = timedelta(minutes=15)
+    deadline: timedelta = timedelta(minutes=10)
     """Of the clock on the wall: for a process that is stopped, or starved by its neighbours."""
 
     async def build(self, codec: str, base: bytes, target: bytes) -> bytes:

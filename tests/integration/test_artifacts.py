@@ -189,6 +189,20 @@ async def test_images_that_take_bsdiff_minutes_end_at_the_limit_of_processor_tim
     assert time.monotonic() - started < 0.5
 
 
+async def test_when_the_time_for_building_is_over_the_rollout_starts_with_what_is_ready(
+    prepared: ArtifactActivities,
+    artifacts: ArtifactStore,
+    pathological_images: tuple[bytes, bytes],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(activities.artifacts, "BUILDING_TIME", timedelta(seconds=1))
+    target, slow, ready, late = await put(artifacts, *pathological_images, pathological_images[0][:4096], image(1))
+    prepared.builder = DeltaBuilder(processor_time=timedelta(seconds=2))
+    result = await prepare(prepared, target, ready, slow, late)
+    assert result.failed[1] == f"{late[:12]}: not begun: those before it took more than 0 minutes"
+    assert [delta.base_sha256 for delta in written(prepared)] == [ready]
+
+
 async def test_without_the_limit_they_would_hold_the_rollout_up(
     prepared: ArtifactActivities, artifacts: ArtifactStore, pathological_images: tuple[bytes, bytes]
 ) -> None:
