@@ -17,7 +17,7 @@ from urllib.parse import urljoin, urlsplit
 
 import httpx
 
-from agent.errors import ContentError, DownloadError, FlashError
+from agent.errors import ContentError, DownloadError, FlashError, TooSlowError
 from agent.storage import Storage
 
 MAX_REDIRECTS = 3
@@ -89,6 +89,8 @@ class Downloader:
             before = part.size
             try:
                 await self._attempt(url, part, size_bytes, progress)
+            except TooSlowError:
+                raise
             except (httpx.HTTPError, DownloadError) as error:
                 fruitless = 0 if part.size > before else fruitless + 1
                 if fruitless >= self._policy.fruitless_attempts:
@@ -197,30 +199,34 @@ class _Pace:
         self._policy = policy
 
     async def watch(self, chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-        policy, arrived = self._policy, 0
-        started = asyncio.get_running_loop().time()
+        """The chunks as they come. Raises TooSlowError."""
+        policy, loop, arrived = self._policy, asyncio.get_running_loop(), 0
+        ends = loop.time() + policy.window_seconds
         while True:
-            remaining = started + policy.window_seconds - asyncio.get_running_loop().time()
+            waiting = asyncio.ensure_future(anext(chunks, None))
             try:
-                async with asyncio.timeout(max(0.0, remaining)):
-                    chunk = await anext(chunks, None)
-            except TimeoutError:
-                chunk = b""
+                while not (await asyncio.wait({waiting}, timeout=max(0.0, ends - loop.time())))[0]:
+                    ends, arrived = self._next_window(arrived), 0
+                chunk = waiting.result()
+            finally:
+                waiting.cancel()
             if chunk is None:
                 return
-            if chunk:
-                arrived += len(chunk)
-                yield chunk
-                if policy.bytes_per_second:
-                    await asyncio.sleep(len(chunk) / policy.bytes_per_second)
-            if asyncio.get_running_loop().time() - started < policy.window_seconds:
-                continue
-            if arrived < policy.min_bytes_per_second * policy.window_seconds:
-                raise DownloadError(
-                    f"too slow: {arrived} bytes in {policy.window_seconds:g} s, "
-                    f"at least {policy.min_bytes_per_second:g} bytes/s expected"
-                )
-            started, arrived = asyncio.get_running_loop().time(), 0
+            arrived += len(chunk)
+            yield chunk
+            if policy.bytes_per_second:
+                await asyncio.sleep(len(chunk) / policy.bytes_per_second)
+            if loop.time() >= ends:
+                ends, arrived = self._next_window(arrived), 0
+
+    def _next_window(self, arrived: int) -> float:
+        policy = self._policy
+        if arrived < policy.min_bytes_per_second * policy.window_seconds:
+            raise TooSlowError(
+                f"too slow: {arrived} bytes in {policy.window_seconds:g} s, "
+                f"at least {policy.min_bytes_per_second:g} bytes/s expected"
+            )
+        return asyncio.get_running_loop().time() + policy.window_seconds
 
 
 def _origin(url: str) -> tuple[str, str | None, int | None]:

@@ -5,7 +5,8 @@ TidegateError (models.errors)
 ├── BrickedError             no slot can be booted: the one state that must not be reachable
 ├── RecordError              a state record that is not what was written
 ├── UpdateError              `.failure_class`, reported to the gateway
-│   ├── DownloadError        network    the bytes did not come, or too slowly
+│   ├── DownloadError        network    the bytes did not come
+│   │   └── TooSlowError     network    they came more slowly than anyone should wait for
 │   ├── ContentError         verify     the bytes came and are not the signed ones
 │   └── FlashError           flash      the device's storage did not take them
 └── RequestError             a request to the gateway
@@ -39,6 +40,10 @@ class DownloadError(UpdateError):
     """The artifact could not be had."""
 
     failure_class: ClassVar[FailureClass] = FailureClass.NETWORK
+
+
+class TooSlowError(DownloadError):
+    """Below the least average rate: given up at once, since a server that wants to hold a device can always send a byte."""
 
 
 class ContentError(UpdateError):

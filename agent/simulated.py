@@ -11,7 +11,7 @@ import asyncio
 import random
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
@@ -75,7 +75,7 @@ class SimulatedDevice:
 
     __slots__ = (
         "_body", "_count", "_execution", "_fate", "_fruitless", "_hardware", "_key", "_keys", "_parts", "_publish",
-        "_rhythm", "_slots", "_wanted", "boots", "device_id", "due", "finished", "installs", "outcomes", "stage",
+        "_rhythm", "_slots", "_version", "_wanted", "boots", "device_id", "due", "finished", "installs", "outcomes", "stage",
     )  # fmt: skip
 
     def __init__(
@@ -99,6 +99,7 @@ class SimulatedDevice:
         self._fruitless = 0
         self._execution: Execution | None = None
         self._key = ""
+        self._version = 0
         self._count = 0
         self._parts: tuple[str, ...] = ()
         self._body: dict[str, Any] = {}
@@ -158,7 +159,7 @@ class SimulatedDevice:
             self.due = time.monotonic() + pause * random.uniform(0.5, 1.5)
             return
         self._fruitless = 0
-        self._execution = execution
+        self._execution, self._version = execution, execution.version_number
         facts = DeviceFacts(
             device_id=self.device_id,
             hardware=self._hardware,
@@ -226,8 +227,7 @@ class SimulatedDevice:
         code = body.get("code")
         if code == ErrorCode.VERSION_MISMATCH and state.get("status") == ExecutionState.IN_PROGRESS:
             self._body["expectedVersion"] = state["versionNumber"]
-            if self._execution is not None:
-                self._execution = replace(self._execution, version_number=state["versionNumber"])
+            self._version = state["versionNumber"] + 1
             self.again()
         elif code in (ErrorCode.INTERNAL_ERROR, ErrorCode.REQUEST_THROTTLED) or self.stage is Stage.ASKED:
             self.due = time.monotonic() + self._rhythm.answer_seconds
@@ -253,8 +253,8 @@ class SimulatedDevice:
     ) -> None:
         execution = self._execution
         assert execution is not None
-        body = update_request(status, details, execution.version_number, execution.attempt)
-        self._execution = replace(execution, version_number=execution.version_number + 1)
+        body = update_request(status, details, self._version, execution.attempt)
+        self._version += 1
         self._send(stage, (execution.job_id, "update"), body)
 
     def _send(self, stage: Stage, parts: tuple[str, ...], body: dict[str, Any]) -> None:

@@ -12,8 +12,6 @@ from dataclasses import dataclass, field
 import httpx
 import pytest
 import pytest_asyncio
-from agent_flash import Cut, Flash, PowerCut
-from agent_standin import DirectClient, Publisher, StandInJobs, sha256
 
 import agent.slots
 from agent.bootloader import Boot, BootLoader
@@ -24,6 +22,8 @@ from agent.image import Behaviour, behaviour_of, declared_image
 from agent.slots import Slots
 from agent.state import StateStore
 from agent.updater import Identity, Leg, Updater
+from tests.agent_flash import Cut, Flash, PowerCut
+from tests.agent_standin import DirectClient, Publisher, StandInJobs, sha256
 
 THING = "motor-7"
 BODY = random.Random(7).randbytes(1500)
