@@ -12,13 +12,13 @@ from typing import Any
 
 import bsdiff4
 import pytest
-from firmware_samples import NEW_IMAGE, OLD_IMAGE, digest, mutant
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from firmware.delta import BSDIFF4, CODECS, make_delta
 from firmware.errors import DeltaError, WrongBaseError
 from models.protocol import FailureClass
+from tests.unit.firmware_samples import NEW_IMAGE, OLD_IMAGE, digest, mutant
 
 SHARED = Path(__file__).parents[3] / "shared" / "firmware"
 MODULE = "firmware.delta.bsdiff4"

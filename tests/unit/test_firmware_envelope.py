@@ -6,7 +6,6 @@ import json
 from typing import Any
 
 import pytest
-from firmware_samples import ORDER, ORDER_KEY, RELEASE_KEY, STRANGER_KEY, mutant
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from securesystemslib.dsse import Envelope
@@ -17,6 +16,7 @@ from firmware.errors import EnvelopeError, FirmwareError, SignatureError
 from firmware.keys import generate_private_key, key_id, trusted_key
 from firmware.manifest import ORDER_PAYLOAD_TYPE, RELEASE_PAYLOAD_TYPE, encode_order
 from models.protocol import FailureClass
+from tests.unit.firmware_samples import ORDER, ORDER_KEY, RELEASE_KEY, STRANGER_KEY, mutant
 
 PAYLOAD = encode_order(ORDER)
 ENVELOPE = sign_envelope(PAYLOAD, ORDER_PAYLOAD_TYPE, ORDER_KEY)

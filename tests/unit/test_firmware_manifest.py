@@ -5,7 +5,6 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from firmware_samples import ORDER, RELEASE
 
 from firmware.errors import StatementError
 from firmware.manifest import (
@@ -19,6 +18,7 @@ from firmware.manifest import (
     encode_order,
     encode_release,
 )
+from tests.unit.firmware_samples import ORDER, RELEASE
 
 BAD_ORDERS: list[dict[str, Any]] = [
     {"device_id": ""},

@@ -6,13 +6,13 @@ from typing import Any
 
 import orjson
 import pytest
-from firmware_samples import ORDER, RELEASE, mutant
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from firmware.errors import StatementError
 from firmware.manifest import decode_order, decode_release, encode_order, encode_release
 from firmware.strict import MAX_DEPTH, MAX_INTEGER, parse_strict
+from tests.unit.firmware_samples import ORDER, RELEASE, mutant
 
 LIMIT = 100_000
 

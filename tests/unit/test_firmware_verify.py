@@ -6,23 +6,6 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from firmware_samples import (
-    BASE_URL,
-    FACTS,
-    JOB,
-    NEW_IMAGE,
-    NOW,
-    ORDER,
-    ORDER_KEY,
-    RELEASE,
-    RELEASE_KEY,
-    STRANGER_KEY,
-    TRUSTED,
-    delta_entry,
-    digest,
-    document,
-    mutant,
-)
 
 from firmware.envelope import sign_envelope
 from firmware.errors import (
@@ -40,6 +23,23 @@ from firmware.keys import TrustedKeys, trusted_key
 from firmware.manifest import ORDER_PAYLOAD_TYPE, attempt_key, encode_order, encode_release
 from firmware.verify import DeviceFacts, VerifiedUpdate, verify_update
 from models.protocol import FailureClass
+from tests.unit.firmware_samples import (
+    BASE_URL,
+    FACTS,
+    JOB,
+    NEW_IMAGE,
+    NOW,
+    ORDER,
+    ORDER_KEY,
+    RELEASE,
+    RELEASE_KEY,
+    STRANGER_KEY,
+    TRUSTED,
+    delta_entry,
+    digest,
+    document,
+    mutant,
+)
 
 
 def verified(
