@@ -308,6 +308,9 @@ class DriveWaveInput(_Frozen):
     is_last: bool = False
     mode: DriveMode = DriveMode.ANSWERING
     soaks: bool = False
+    phase: Phase | None = None
+    """What to show of the job meanwhile, with `phase_reason`; None: leave it."""
+    phase_reason: str = ""
     promoted_by: str = ""
     promote_reason: str = ""
 

@@ -1,0 +1,166 @@
+"""A time-skipping Temporal for the session, and for each test workers with a scripted rollout behind them."""
+
+import asyncio
+import sysconfig
+import time
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import pytest
+import pytest_asyncio
+from temporalio.api.enums.v1 import EventType
+from temporalio.client import Client, WorkflowHandle, WorkflowUpdateFailedError
+from temporalio.contrib.pydantic import pydantic_data_converter
+from temporalio.exceptions import ApplicationError
+from temporalio.testing import WorkflowEnvironment
+from temporalio.worker import Worker
+
+from models.ids import wave_workflow_id
+from models.rollout import Phase, RolloutResult, RolloutStatus, StartRolloutInput
+from models.spec import RolloutSpec
+from tests.workflow.scripted import ScriptedRollout
+from workflows import options
+from workflows.client import add_search_attributes, start_rollout
+from workflows.rollout import RolloutWorkflow
+from workflows.sandbox import runner
+from workflows.wave import WaveWorkflow
+
+Handle = WorkflowHandle[RolloutWorkflow, RolloutResult]
+BINARIES = Path(sysconfig.get_path("scripts"))
+PATIENCE_SECONDS = 20.0
+THREE_WAVES = (
+    {"name": "canary", "size": "5%", "soak": "4h"},
+    {"name": "early", "size": "25%", "soak": "4h"},
+    {"name": "fleet", "size": "100%"},
+)
+NO_SOAK = tuple({"name": wave["name"], "size": wave["size"]} for wave in THREE_WAVES)
+
+
+@pytest_asyncio.fixture(scope="session")
+async def skipping() -> AsyncIterator[WorkflowEnvironment]:
+    """A server whose time runs ahead to the next timer while a test waits for a result."""
+    async with await WorkflowEnvironment.start_time_skipping(
+        data_converter=pydantic_data_converter,
+        test_server_existing_path=str(BINARIES / "temporal-test-server"),
+    ) as environment:
+        await add_search_attributes(environment.client, [key.name for key in options.SEARCH_ATTRIBUTES])
+        yield environment
+
+
+@asynccontextmanager
+async def workers(client: Client, activities: list[Any], **settings: Any) -> AsyncIterator[None]:
+    """Workers of all three queues, as worker.py has them."""
+    async with AsyncExitStack() as stack:
+        for queue in (options.TASK_QUEUE, options.DISPATCH_QUEUE, options.ARTIFACTS_QUEUE):
+            flows = [RolloutWorkflow, WaveWorkflow] if queue == options.TASK_QUEUE else []
+            worker = Worker(
+                client,
+                task_queue=queue,
+                workflows=flows,
+                activities=activities,
+                workflow_runner=runner(),
+                **settings,
+            )
+            await stack.enter_async_context(worker)
+        yield
+
+
+@dataclass
+class Stage:
+    """A running rollout with its script, and what a test does to it."""
+
+    environment: WorkflowEnvironment
+    script: ScriptedRollout
+    started: list[Handle] = field(default_factory=list)
+
+    @property
+    def handle(self) -> Handle:
+        """The rollout."""
+        return self.started[-1]
+
+    @property
+    def name(self) -> str:
+        """The rollout's name."""
+        return self.handle.id.removeprefix("rollout:")
+
+    async def start(self, waves: Any = NO_SOAK, **spec: Any) -> Handle:
+        """Start a rollout under a name of its own."""
+        name = spec.pop("name", f"motor-{uuid4().hex[:8]}")
+        request = StartRolloutInput(
+            spec=RolloutSpec(name=name, release="motor@1.3.0", waves=waves, **spec), requested_by="alice"
+        )
+        self.started.append(await start_rollout(self.environment.client, request))
+        return self.handle
+
+    async def result(self) -> RolloutResult:
+        """The result; time runs ahead. A workflow that hangs fails with why its last task failed."""
+        try:
+            return await asyncio.wait_for(self.handle.result(), PATIENCE_SECONDS)
+        except TimeoutError:
+            pytest.fail(f"{self.handle.id} hangs: {await why_it_hangs(self.handle)}")
+
+    async def took(self) -> timedelta:
+        """From the rollout's start to its end, by the server's clock, which runs on between tests."""
+        described = await self.handle.describe()
+        assert described.close_time is not None
+        return described.close_time - described.start_time
+
+    async def until(self, phase: Phase, wave: int = 0) -> RolloutStatus:
+        """Wait until the rollout is in a phase; time does not run ahead."""
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while time.monotonic() < deadline:
+            status = await self.handle.query(RolloutWorkflow.status)
+            if status.phase is phase and (not wave or status.wave == wave):
+                return status
+            await asyncio.sleep(0.01)
+        pytest.fail(f"{self.handle.id} is {status}, not {phase}: {await why_it_hangs(self.handle)}")
+
+    async def until_asked(self, kind: str, times: int = 1) -> None:
+        """Wait until the workflow has asked for something, as ScriptedRollout.kinds names it."""
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while self.script.kinds().count(kind) < times:
+            if time.monotonic() > deadline:
+                pytest.fail(f"{kind!r} was not asked for: {self.script.kinds()}; {await why_it_hangs(self.handle)}")
+            await asyncio.sleep(0.01)
+
+    async def refusal(self, update: Any, argument: Any) -> str:
+        """The text with which an update is refused."""
+        with pytest.raises(WorkflowUpdateFailedError) as refused:
+            await self.handle.execute_update(update, argument)
+        cause = refused.value.cause
+        assert isinstance(cause, ApplicationError), cause
+        return cause.message
+
+    async def skip(self, **duration: float) -> None:
+        """Let time pass."""
+        await self.environment.sleep(timedelta(**duration))
+
+    def wave(self, number: int) -> WorkflowHandle[WaveWorkflow, Any]:
+        """The child workflow of a wave."""
+        return self.environment.client.get_workflow_handle_for(WaveWorkflow.run, wave_workflow_id(self.name, number))
+
+
+async def why_it_hangs(handle: WorkflowHandle[Any, Any]) -> str:
+    """The last failure of a workflow task, or the last event."""
+    last = "no event"
+    async for event in handle.fetch_history_events():
+        last = EventType.Name(event.event_type)
+        if event.event_type == EventType.EVENT_TYPE_WORKFLOW_TASK_FAILED:
+            return f"{last}: {event.workflow_task_failed_event_attributes.failure}"
+    return last
+
+
+@pytest_asyncio.fixture
+async def stage(skipping: WorkflowEnvironment) -> AsyncIterator[Stage]:
+    """Workers with a script; rollouts that a test leaves running are ended."""
+    stage = Stage(skipping, ScriptedRollout())
+    async with workers(skipping.client, stage.script.activities()):
+        yield stage
+        for handle in stage.started:
+            if (await handle.describe()).close_time is None:
+                await handle.terminate("the test is over")

@@ -1,0 +1,125 @@
+"""How programs reach the workflows: connecting, registering search attributes, starting a rollout.
+
+```python
+client = await connect("127.0.0.1:7233")
+handle = await start_rollout(client, StartRolloutInput(spec=spec, requested_by="alice"))
+result = await handle.result()
+```
+"""
+
+from temporalio.api.enums.v1 import IndexedValueType
+from temporalio.api.operatorservice.v1 import AddSearchAttributesRequest, ListSearchAttributesRequest
+from temporalio.client import Client, WorkflowHandle
+from temporalio.common import (
+    SearchAttributePair,
+    TypedSearchAttributes,
+    WorkflowIDConflictPolicy,
+    WorkflowIDReusePolicy,
+)
+from temporalio.contrib.pydantic import pydantic_data_converter
+from temporalio.runtime import Runtime
+
+from models.errors import UnavailableError
+from models.ids import rollout_workflow_id
+from models.quantities import format_duration, format_share
+from models.rollout import Phase, RolloutResult, StartRolloutInput
+from models.spec import RolloutSpec, WaveSpec
+from workflows.options import KIND, KIND_ROLLOUT, PHASE, RELEASE, SEARCH_ATTRIBUTES, TASK_QUEUE
+from workflows.rollout import RolloutWorkflow
+
+
+async def connect(address: str, namespace: str = "default", *, runtime: Runtime | None = None) -> Client:
+    """Connect to Temporal with the data converter that Tidegate's models need.
+
+    Raises UnavailableError naming the address when nobody answers there.
+    """
+    try:
+        return await Client.connect(
+            address, namespace=namespace, data_converter=pydantic_data_converter, runtime=runtime
+        )
+    except RuntimeError as error:
+        raise UnavailableError(
+            f"cannot connect to Temporal at {address}, namespace {namespace}: {str(error).splitlines()[0]}; "
+            "start the stack with 'starter.py up', or check TIDEGATE_TEMPORAL_ADDRESS"
+        ) from error
+
+
+async def register_search_attributes(client: Client) -> list[str]:
+    """Add Tidegate's search attributes to the namespace where they are missing. Returns the names added.
+
+    Without them a workflow that sets one would fail its task until somebody adds it. Raises RPCError where the server
+    does not let us.
+    """
+    known = await client.operator_service.list_search_attributes(
+        ListSearchAttributesRequest(namespace=client.namespace)
+    )
+    missing = [key.name for key in SEARCH_ATTRIBUTES if key.name not in known.custom_attributes]
+    if missing:
+        await add_search_attributes(client, missing)
+    return missing
+
+
+async def add_search_attributes(client: Client, missing: list[str]) -> None:
+    """Add keyword attributes by name. Raises RPCError."""
+    keyword = IndexedValueType.INDEXED_VALUE_TYPE_KEYWORD
+    await client.operator_service.add_search_attributes(
+        AddSearchAttributesRequest(namespace=client.namespace, search_attributes=dict.fromkeys(missing, keyword))
+    )
+
+
+async def start_rollout(client: Client, request: StartRolloutInput) -> WorkflowHandle[RolloutWorkflow, RolloutResult]:
+    """Start a rollout. Its name is the idempotency key.
+
+    Raises temporalio.exceptions.WorkflowAlreadyStartedError while one of this name runs. After it has ended the name
+    may be started again: the plan in PostgreSQL decides whether that is a repetition, a continuation or a conflict.
+    """
+    spec = request.spec
+    return await client.start_workflow(
+        RolloutWorkflow.run,
+        request,
+        id=rollout_workflow_id(spec.name),
+        task_queue=TASK_QUEUE,
+        id_reuse_policy=WorkflowIDReusePolicy.ALLOW_DUPLICATE,
+        id_conflict_policy=WorkflowIDConflictPolicy.FAIL,
+        search_attributes=search_attributes(spec),
+        static_summary=summary(spec),
+        static_details=details(spec, request.requested_by),
+    )
+
+
+def search_attributes(spec: RolloutSpec) -> TypedSearchAttributes:
+    """What a rollout can be found by from its first moment."""
+    return TypedSearchAttributes(
+        [
+            SearchAttributePair(KIND, KIND_ROLLOUT),
+            SearchAttributePair(RELEASE, spec.release),
+            SearchAttributePair(PHASE, str(Phase.PLANNING)),
+        ]
+    )
+
+
+def summary(spec: RolloutSpec) -> str:
+    """One line for the list of workflows: `motor-controller@1.3.0 in 3 waves: canary 5%, early 25%, fleet 100%`."""
+    waves = ", ".join(f"{wave.name} {_size(wave)}" for wave in spec.waves)
+    return f"{spec.release} in {len(spec.waves)} wave{'s' if len(spec.waves) > 1 else ''}: {waves}"[:200]
+
+
+def details(spec: RolloutSpec, requested_by: str) -> str:
+    """The specification as Markdown, for the workflow's page."""
+    gate, pace = spec.gate, spec.pace
+    soaks = ", ".join(f"{wave.name} {format_duration(wave.soak)}" for wave in spec.waves if wave.soak)
+    lines = [
+        f"**Release** `{spec.release}`, requested by {requested_by}",
+        f"**Target** `{spec.target.model_dump_json(exclude_defaults=True)}`",
+        f"**Gate** healthy {format_share(gate.healthy)}, limit {format_share(gate.limit)}, "
+        f"false halt {format_share(gate.false_halt)}, missed halt {format_share(gate.missed_halt)}",
+        f"**Completion** {format_share(spec.completion)} of a wave must have answered",
+        f"**Soak** {soaks or 'none'}",
+        f"**Pace** {pace.in_flight} in flight, {pace.per_minute or 'no limit'} per minute",
+        f"**Approval** {spec.approval}",
+    ]
+    return "\n\n".join(lines)
+
+
+def _size(wave: WaveSpec) -> str:
+    return str(wave.size) if isinstance(wave.size, int) else format_share(wave.size)

@@ -1,0 +1,93 @@
+"""Task queues, timeouts, retry policies, names and search attributes: every number and name that workflows use.
+
+Each constant says why it has its value. Workflows and the worker import from here; nothing here does anything.
+"""
+
+from datetime import timedelta
+
+from temporalio.common import RetryPolicy, SearchAttributeKey
+
+# --- task queues -----------------------------------------------------------------------------------------------------
+
+TASK_QUEUE = "tidegate"
+"""Workflows, and activities of one short transaction."""
+
+DISPATCH_QUEUE = "tidegate-dispatch"
+"""Activities that last as long as a wave: they would take the slots of the short ones."""
+
+ARTIFACTS_QUEUE = "tidegate-artifacts"
+"""CPU-bound work (deltas): few at a time, and best on machines of its own."""
+
+# --- activities of other modules, by name -----------------------------------------------------------------------------
+
+PREPARE_ARTIFACTS = "prepare_artifacts"
+"""activities.artifacts.ArtifactActivities; by name, because a workflow has no use for a delta codec's imports."""
+
+# --- signals ---------------------------------------------------------------------------------------------------------
+
+WAVE_SOAKING = "wave_soaking"
+"""From a wave to whoever started it; by name, because the wave does not know what kind of workflow that is."""
+
+# --- retries ---------------------------------------------------------------------------------------------------------
+
+NEVER_MENDED = ["InvalidInputError", "SpecError", "NotFoundError", "ConflictError", "RefusedError", "VerificationError"]
+"""Errors (models.errors) that the same request meets again however often it is repeated."""
+
+SHORT_RETRY = RetryPolicy(
+    initial_interval=timedelta(milliseconds=500),
+    maximum_interval=timedelta(seconds=30),
+    non_retryable_error_types=NEVER_MENDED,
+)
+"""Until it succeeds: a database that is down comes back, and a rollout that gives up helps nobody."""
+
+DRIVE_RETRY = RetryPolicy(
+    initial_interval=timedelta(milliseconds=500),
+    maximum_interval=timedelta(seconds=5),
+    non_retryable_error_types=NEVER_MENDED,
+)
+"""As SHORT_RETRY; a cap of 5 s, because attempts of an activity that lasts for weeks add up with every deployment, and
+the backoff with them."""
+
+ARTIFACTS_RETRY = RetryPolicy(
+    initial_interval=timedelta(seconds=1),
+    maximum_interval=timedelta(seconds=30),
+    maximum_attempts=5,
+    non_retryable_error_types=NEVER_MENDED,
+)
+"""Few attempts: the full image is always there, so a delta is not worth a long wait."""
+
+# --- timeouts --------------------------------------------------------------------------------------------------------
+
+SHORT_TIMEOUT = timedelta(seconds=30)
+"""One transaction; ten times what the slowest takes."""
+
+PLAN_TIMEOUT = timedelta(minutes=10)
+"""One INSERT ... SELECT over the fleet: a million devices take about a minute."""
+
+DRIVE_TIMEOUT = timedelta(days=365)
+"""A wave lasts as long as its slowest device's deadlines allow; liveness is the heartbeat's business."""
+
+HEARTBEAT_TIMEOUT = timedelta(seconds=10)
+"""How long a worker that was killed goes unnoticed. Drivers beat every second."""
+
+ARTIFACTS_TIMEOUT = timedelta(minutes=30)
+"""All attempts together. The largest delta of a 16 MiB image takes about a minute."""
+
+ARTIFACTS_QUEUE_TIMEOUT = timedelta(minutes=5)
+"""How long a rollout waits for a worker of ARTIFACTS_QUEUE before it goes on with full images."""
+
+ARTIFACTS_HEARTBEAT = timedelta(seconds=30)
+"""Preparing artifacts beats every 5 s."""
+
+# --- what a person sees ------------------------------------------------------------------------------------------------
+
+KIND_ROLLOUT = "rollout"
+KIND_WAVE = "wave"
+
+KIND = SearchAttributeKey.for_keyword("TidegateKind")
+RELEASE = SearchAttributeKey.for_keyword("TidegateRelease")
+PHASE = SearchAttributeKey.for_keyword("TidegatePhase")
+OUTCOME = SearchAttributeKey.for_keyword("TidegateOutcome")
+
+SEARCH_ATTRIBUTES = (KIND, RELEASE, PHASE, OUTCOME)
+"""Registered by the worker as it starts (workflows.client.register_search_attributes)."""
