@@ -87,6 +87,7 @@ async def serve(settings: Settings) -> None:
         connection = Connection(CLIENT_ID, keep_session=True)
         gateway = Gateway(db, connection, documents, settings)
         await connection.open(settings, REQUEST_FILTERS, gateway.receive)
+        metrics.mark_ready("gateway")
         log.info("ready", metrics_port=port, broker=settings.mqtt_url)
         try:
             async with asyncio.TaskGroup() as group:
