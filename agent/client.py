@@ -98,6 +98,9 @@ class JobsClient:
                     async for message in client.messages:
                         self._take(message)
             except (aiomqtt.MqttError, OSError, UnansweredError):
+                # Leaving the session may fail while this task is being cancelled; the cancellation must not be lost.
+                if (task := asyncio.current_task()) is not None and task.cancelling():
+                    raise asyncio.CancelledError from None
                 self.errors += 1
             finally:
                 self._client = None

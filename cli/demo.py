@@ -40,6 +40,7 @@ from models.rollout import Outcome, RolloutResult, StartRolloutInput
 from models.settings import Settings
 from models.spec import RolloutSpec
 from models.views import RolloutView
+from observe import logs
 from store.engine import Database
 from store.registry import Registry
 from store.rollouts import RolloutStore
@@ -374,6 +375,7 @@ async def run_demo(config: DemoConfig, console: Console) -> dict[str, Any]:
     config.state_dir.parent.mkdir(parents=True, exist_ok=True)
     clear(config.state_dir)
     old, new = await asyncio.to_thread(demo_images, config.base, config.image, random.Random(config.seed))
+    logs.configure("demo", Settings().model_copy(update={"log_level": "WARNING"}))
     console.print("starting PostgreSQL, Temporal, the MQTT broker, the artifact server, a worker and a gateway ...")
     settings = Settings().model_copy(update={"state_dir": config.state_dir})
     async with EmbeddedStack(config.state_dir, settings=settings) as stack:
@@ -444,8 +446,8 @@ def progress_line(view: RolloutView) -> str:
 def print_summary(console: Console, summary: dict[str, Any]) -> None:
     """The table at the end."""
     table = Table(title=f"{summary['devices']} devices in {summary['seconds']} s", title_justify="left")
-    for column in ("rollout", "outcome", "exposed", "succeeded", "failed", "by delta", "events", "devices now run"):
-        table.add_column(column)
+    for column in ("rollout", "outcome", "exposed", "ok", "failed", "delta", "events", "devices now run"):
+        table.add_column(column, no_wrap=True)
     for rollout in summary["rollouts"]:
         slots = ", ".join(f"{count} {which}" for which, count in rollout["active_slots"].items() if count)
         figures = [rollout[key] for key in ("exposed", "succeeded", "failed", "by_delta", "history_events")]
