@@ -74,7 +74,7 @@ class SimulatedDevice:
     """One device. `due` is when the sweep has to look at it again, in monotonic seconds."""
 
     __slots__ = (
-        "_body", "_count", "_execution", "_fate", "_fruitless", "_hardware", "_key", "_keys", "_parts", "_publish",
+        "_body", "_count", "_execution", "_fate", "_fruitless", "_hardware", "_hinted", "_key", "_keys", "_parts", "_publish",
         "_rhythm", "_slots", "_version", "_wanted", "boots", "device_id", "due", "finished", "installs", "outcomes", "stage",
     )  # fmt: skip
 
@@ -96,6 +96,7 @@ class SimulatedDevice:
         self._publish = publish
         self._rhythm = rhythm
         self._wanted = Slot()
+        self._hinted = False
         self._fruitless = 0
         self._execution: Execution | None = None
         self._key = ""
@@ -136,7 +137,7 @@ class SimulatedDevice:
         """A message for this device."""
         if topic.endswith("/notify-next"):
             if b'"execution"' in bytes(payload):
-                self._fruitless = 0
+                self._fruitless, self._hinted = 0, self.stage is not Stage.IDLE
                 self.ask()
             return
         body = orjson.loads(payload)
@@ -157,6 +158,7 @@ class SimulatedDevice:
             self._fruitless = min(self._fruitless + 1, 10)
             pause = min(self._rhythm.poll_seconds, self._rhythm.retry_seconds * 2**self._fruitless)
             self.due = time.monotonic() + pause * random.uniform(0.5, 1.5)
+            self._ask_if_hinted()
             return
         self._fruitless = 0
         self._execution, self._version = execution, execution.version_number
@@ -247,6 +249,13 @@ class SimulatedDevice:
         if execution is not None:
             self.outcomes[execution.job_id] = str(status)
             self.finished |= {attempt_key(execution.job_id, execution.attempt)}
+        self._ask_if_hinted()
+
+    def _ask_if_hinted(self) -> None:
+        """A hint that came while the device was busy has not been lost."""
+        if self._hinted:
+            self._hinted = False
+            self.ask()
 
     def _report(
         self, stage: Stage, details: dict[str, str], status: ExecutionState = ExecutionState.IN_PROGRESS

@@ -246,7 +246,7 @@ class StandInGateway:
 
     async def hint(self, thing: str) -> None:
         assert self._client is not None
-        await self._client.publish(jobs_topic(thing, "notify-next"), orjson.dumps({"timestamp": int(time.time())}))
+        await self._client.publish(jobs_topic(thing, "notify-next"), orjson.dumps({"execution": {}}))
 
     async def _serve(self, client: aiomqtt.Client) -> None:
         async for message in client.messages:
