@@ -48,17 +48,17 @@ async def publish_image(
         expires_at=expires_at,
     )
     envelope = sign_envelope(encode_release(statement), RELEASE_PAYLOAD_TYPE, key)
-    sha256 = await store.put(image)
-    return await Releases(db).publish(
-        NewRelease(
-            product=product,
-            version=version,
-            hardware=tuple(hardware),
-            security_counter=security_counter,
-            sha256=sha256,
-            size_bytes=len(image),
-            key_id=key_id(key.public_key()),
-            envelope=envelope,
-            published_by=published_by,
-        )
+    release = NewRelease(
+        product=product,
+        version=version,
+        hardware=statement.hardware,
+        security_counter=security_counter,
+        sha256=statement.sha256,
+        size_bytes=len(image),
+        key_id=key_id(key.public_key()),
+        envelope=envelope,
+        published_by=published_by,
     )
+    await Releases(db).check(release)  # before an image is uploaded in vain
+    await store.put(image)
+    return await Releases(db).publish(release)

@@ -31,8 +31,11 @@ def faults_of(error: ValidationError, model: type[BaseModel] | None = None) -> I
         model: the model validated, so that an unknown key at its top or in its nested models can be set right.
     """
     seen: set[tuple[str | int, ...]] = set()
-    for detail in error.errors(include_url=False):
+    details = error.errors(include_url=False)
+    for detail in details:
         where = tuple(detail["loc"])
+        if detail["type"] == "too_short" and any(d["loc"][: len(where)] == where and d is not detail for d in details):
+            continue  # pydantic counts only the items without faults of their own
         if where not in seen:
             seen.add(where)
             yield _fault(where, dict(detail), model)
@@ -48,6 +51,10 @@ def path_of(where: Iterable[str | int]) -> str:
 
 def shown(value: Any) -> str:
     """A value for a message: its `repr`, so that no control character reaches a terminal, and not too much of it."""
+    if value is None:
+        return "nothing"
+    if hasattr(value, "isoformat"):
+        return str(value.isoformat())
     text = ascii(value) if isinstance(value, str) and not value.isprintable() else repr(value)
     return text if len(text) <= _SHOWN_CHARS else f"{text[:_SHOWN_CHARS]}... ({len(text)} characters)"
 
@@ -70,6 +77,12 @@ def _fault(where: tuple[str | int, ...], detail: dict[str, Any], model: type[Bas
         return Fault(where, f"expected keys and values, got {shown(value)}")
     if kind in ("tuple_type", "list_type"):
         return Fault(where, f"expected a list, got {shown(value)}")
+    if kind in ("too_short", "too_long"):
+        context = detail["ctx"]
+        bound = f"at least {context['min_length']}" if kind == "too_short" else f"at most {context['max_length']}"
+        return Fault(where, f"expected {bound}, got {context['actual_length']}")
+    if kind == "invalid_key":
+        return Fault(where, f"expected text as a key, got {shown(value)}", is_key=True)
     if kind == "string_type":
         return Fault(where, f"expected text, got {shown(value)}{_quote_hint(value)}")
     message = str(detail["msg"])

@@ -47,12 +47,14 @@ class Releases:
         async with self._db.pool.connection() as connection:
             created = (await connection.execute(_INSERT, values)).rowcount == 1
         known = await self.get(f"{release.product}@{release.version}")
-        if not created and (differing := differences(known, release)):
-            raise ConflictError(
-                f"cannot publish {known.ref}: this version exists and a published version never changes; "
-                f"{'; '.join(differing)}. Publish under another version"
-            )
+        _refuse_other(known, release)
         return PublishedRelease(release=known, created=created)
+
+    async def check(self, release: NewRelease) -> None:
+        """Raise the ConflictError that publishing would, before an image is uploaded in vain."""
+        for known in await self.list(release.product):
+            if known.version == release.version:
+                _refuse_other(known, release)
 
     async def get(self, ref: str) -> ReleaseView:
         """The release `product@version`; raises NotFoundError naming the versions there are."""
@@ -78,6 +80,14 @@ class Releases:
                     {"product": product},
                 )
                 return await cursor.fetchall()
+
+
+def _refuse_other(known: ReleaseView, wanted: NewRelease) -> None:
+    if differing := differences(known, wanted):
+        raise ConflictError(
+            f"cannot publish {known.ref}: this version exists and a published version never changes; "
+            f"{'; '.join(differing)}. Publish under another version"
+        )
 
 
 def differences(known: ReleaseView, wanted: NewRelease) -> list[str]:

@@ -1,0 +1,371 @@
+"""`rollout start | watch | show | list | pause | resume | approve | promote | abort | adjust | device | devices | events`."""
+
+import asyncio
+import sys
+from collections.abc import Awaitable
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from temporalio.client import WorkflowUpdateFailedError
+from temporalio.exceptions import ApplicationError, WorkflowAlreadyStartedError
+from temporalio.service import RPCError, RPCStatusCode
+
+from cli.command import Session, command, whoami
+from cli.explain import why_here, why_not_in
+from cli.output import ExitStatus, as_dict, facts, table, when
+from cli.screen import Snapshot, current_wave, event_text, object_of, screen
+from cli.spec import load_spec, parse_spec
+from cli.watch import Handle, Watch, follow, temporal_if_there
+from models.errors import ConflictError, InvalidInputError, NotFoundError, RefusedError, UnavailableError
+from models.ids import rollout_workflow_id
+from models.protocol import ExecutionState
+from models.quantities import parse_duration
+from models.rollout import (
+    AbortRolloutInput,
+    AdjustRolloutInput,
+    ApproveRolloutInput,
+    PauseRolloutInput,
+    PromoteRolloutInput,
+    ResumeRolloutInput,
+    RolloutResult,
+    RolloutStatus,
+    StartRolloutInput,
+)
+from models.spec import RolloutSpec
+from store.engine import Database
+from store.registry import Registry
+from store.rollouts import RolloutStore
+from workflows.client import start_rollout
+from workflows.rollout import RolloutWorkflow
+
+app = typer.Typer(help="Rollouts: start, watch, steer.", no_args_is_help=True)
+
+PLAN_PATIENCE_SECONDS = 20.0
+"""How long `start` waits to say what was planned; a plan for a million devices takes longer, and goes on."""
+ANSWER_SECONDS = 30.0
+"""How long an operator's request may wait for a worker."""
+
+Name = Annotated[str, typer.Argument(metavar="NAME", help="The rollout's name.")]
+Reason = Annotated[str, typer.Option(metavar="TEXT", help="Why; kept with the rollout's events.")]
+Timeout = Annotated[
+    str | None, typer.Option(metavar="DURATION", help="Stop watching after this long, as in 30m (exit status 5).")
+]
+Stay = Annotated[
+    bool | None,
+    typer.Option(
+        "--stay/--leave",
+        help="While it waits for a person: stay (default on a terminal), or leave with exit status 5.",
+        show_default=False,
+    ),
+]
+
+
+@command(app, "start")
+async def start(
+    session: Session,
+    spec: Annotated[Path, typer.Argument(metavar="SPEC.yaml", help="The specification; - reads standard input.")],
+    wait: Annotated[bool, typer.Option("--wait", help="Watch it until it ends; the exit status says how.")] = False,
+    timeout: Timeout = None,
+    stay: Stay = None,
+) -> ExitStatus:
+    """Start a rollout from its specification.
+
+    The name is the identity: while a rollout of this name exists, running or ended, another is refused.
+    """
+    asked = parse_spec(sys.stdin.buffer.read(), "standard input") if str(spec) == "-" else load_spec(spec)
+    limit = _duration(timeout)
+    async with session.database() as db:
+        await _refuse_known(db, asked.name)
+        client = await session.temporal()
+        try:
+            await start_rollout(client, StartRolloutInput(spec=asked, requested_by=whoami()))
+        except WorkflowAlreadyStartedError as error:
+            raise ConflictError(
+                f"cannot start rollout {asked.name}: it is running already; 'rollout watch {asked.name}' shows it, "
+                "another rollout needs another name"
+            ) from error
+        watch = Watch(session, db, asked.name, client)
+        planned = await watch.until_planned(PLAN_PATIENCE_SECONDS)
+        if isinstance(planned, RolloutResult) and not wait:
+            raise RefusedError(planned.reason)
+        _tell_started(session, asked, planned if isinstance(planned, Snapshot) else None)
+        if not wait:
+            await watch.close()
+            return ExitStatus.SUCCEEDED
+        return await follow(watch, limit, stay)
+
+
+@command(app, "watch")
+async def watch(session: Session, name: Name, timeout: Timeout = None, stay: Stay = None) -> ExitStatus:
+    """Show a rollout live until it ends; the exit status says how it ended."""
+    limit = _duration(timeout)
+    async with session.database() as db:
+        return await follow(Watch(session, db, name, await temporal_if_there(session)), limit, stay)
+
+
+@command(app, "show")
+async def show(session: Session, name: Name) -> ExitStatus:
+    """Show where a rollout stands now, and its specification. Exit status 0 unless it cannot be shown."""
+    async with session.database() as db:
+        looking = Watch(session, db, name, await temporal_if_there(session))
+        found = await looking.until_planned(0)
+        await looking.close()
+    if isinstance(found, RolloutResult):
+        session.out.result(found, f"rollout {name} {found.outcome}: {found.reason}")
+    elif found is None:
+        session.out.result({"name": name, "phase": "planning"}, f"rollout {name} is being planned")
+    else:
+        spec = found.view.spec.model_dump(mode="json")
+        shown = facts([("requested by", found.view.requested_by), ("started", found.view.started_at), *spec.items()])
+        session.out.result(object_of(found), [screen(found), "", shown])
+    return ExitStatus.SUCCEEDED
+
+
+@command(app, "list")
+async def list_rollouts(
+    session: Session, limit: Annotated[int, typer.Option(min=1, help="Most rollouts to show.")] = 50
+) -> None:
+    """List rollouts, the newest first."""
+    async with session.database() as db:
+        found = await RolloutStore(db).list_rollouts(limit)
+    rows = []
+    for view in found:
+        wave, counts = current_wave(view), view.counts
+        failed = counts.failed + counts.timed_out + counts.rejected
+        at = f"{wave.wave}/{len(view.waves)} {wave.name}" if wave else ""
+        rows.append(
+            (view.name, view.release, view.outcome or view.phase, at, view.devices, counts.succeeded, failed,
+             view.in_flight, when(view.created_at), view.reason)
+        )  # fmt: skip
+    columns = ("rollout", "release", "state", "wave", "devices", "ok", "failed", "in flight", "planned", "reason")
+    numbers = ("devices", "ok", "failed", "in flight")
+    shown = [table("", columns, rows, right=numbers)] if rows else []
+    session.out.result({"rollouts": [as_dict(view) for view in found]}, shown)
+    if not found:
+        session.out.say("no rollout; 'rollout start SPEC.yaml' begins one")
+
+
+@command(app, "pause")
+async def pause(session: Session, name: Name, reason: Reason = "") -> None:
+    """Stop admission: devices in flight end, no other starts."""
+    asked = PauseRolloutInput(actor=whoami(), reason=reason)
+    await _steer(session, name, lambda handle: handle.execute_update(RolloutWorkflow.pause, asked))
+
+
+@command(app, "resume")
+async def resume(session: Session, name: Name, reason: Reason = "") -> None:
+    """Go on after a pause."""
+    asked = ResumeRolloutInput(actor=whoami(), reason=reason)
+    await _steer(session, name, lambda handle: handle.execute_update(RolloutWorkflow.resume, asked))
+
+
+@command(app, "approve")
+async def approve(session: Session, name: Name, reason: Reason = "") -> None:
+    """Agree to the wave that waits for approval."""
+    asked = ApproveRolloutInput(actor=whoami(), reason=reason)
+    await _steer(session, name, lambda handle: handle.execute_update(RolloutWorkflow.approve, asked))
+
+
+@command(app, "promote")
+async def promote(session: Session, name: Name, reason: Reason = "") -> None:
+    """End a hold, or the rest of a soak, in favour of the release. Refused once the gate has tripped."""
+    asked = PromoteRolloutInput(actor=whoami(), reason=reason)
+    await _steer(session, name, lambda handle: handle.execute_update(RolloutWorkflow.promote, asked))
+
+
+@command(app, "abort")
+async def abort(session: Session, name: Name, reason: Reason = "") -> None:
+    """End a rollout: nothing more starts, what is only queued is withdrawn; devices in flight end."""
+    asked = AbortRolloutInput(actor=whoami(), reason=reason)
+    await _steer(session, name, lambda handle: handle.execute_update(RolloutWorkflow.abort, asked))
+
+
+@command(app, "adjust")
+async def adjust(
+    session: Session,
+    name: Name,
+    in_flight: Annotated[int | None, typer.Option(min=1, metavar="N", help="Devices updating at one moment.")] = None,
+    per_minute: Annotated[
+        str | None, typer.Option(metavar="N", help="Devices started in any 60 seconds; none takes the limit away.")
+    ] = None,
+) -> None:
+    """Change how fast a rollout goes; what is not given stays."""
+    asked = AdjustRolloutInput(
+        actor=whoami(),
+        in_flight=in_flight,
+        per_minute=_per_minute(per_minute),
+        unlimited_per_minute=per_minute == "none",
+    )
+    await _steer(session, name, lambda handle: handle.execute_update(RolloutWorkflow.adjust, asked))
+
+
+@command(app, "device")
+async def device(
+    session: Session, name: Name, device_id: Annotated[str, typer.Argument(metavar="DEVICE", help="Device id.")]
+) -> None:
+    """Show where one device stands in a rollout, and why."""
+    async with session.database() as db:
+        store, now = RolloutStore(db), datetime.now(UTC)
+        rollout = await store.show(name)
+        known = await Registry(db).get(device_id)
+        try:
+            found = await store.execution(name, device_id)
+        except NotFoundError as error:
+            why = why_not_in(known, rollout, now)
+            raise NotFoundError(f"device {device_id} is not part of rollout {name}: {why}") from error
+    why = why_here(found, rollout, now)
+    pairs: list[tuple[str, object]] = [("device", f"{device_id}, {known.device_type} at {known.site_id}")]
+    pairs += [("state", f"{found.state} in wave {found.wave} ({found.wave_name})"), ("why", why)]
+    names = ("execution_number", "step", "failure_class", "base_version", "by_delta", "queued_at", "started_at",
+             "updated_at", "finished_at", "deadline_at", "status_details")  # fmt: skip
+    pairs += [(field.replace("_", " "), getattr(found, field)) for field in names]
+    session.out.result({**as_dict(found), "why": why}, facts(pairs))
+
+
+@command(app, "devices")
+async def devices(
+    session: Session,
+    name: Name,
+    status: Annotated[
+        ExecutionState | None, typer.Option(metavar="STATE", help=f"One of {', '.join(ExecutionState)}.")
+    ] = None,
+    limit: Annotated[int, typer.Option(min=1, help="Most devices to show.")] = 100,
+) -> None:
+    """List a rollout's devices in their order."""
+    async with session.database() as db:
+        store = RolloutStore(db)
+        await store.show(name)
+        found = await store.executions(name, status, limit)
+    rows = [
+        (
+            e.device_id,
+            f"{e.wave} {e.wave_name}",
+            e.state,
+            e.step,
+            e.failure_class,
+            e.base_version,
+            e.updated_at,
+            e.reason,
+        )
+        for e in found
+    ]
+    columns = ("device", "wave", "state", "step", "failure", "from", "updated", "reason")
+    session.out.result({"devices": [as_dict(e) for e in found]}, [table("", columns, rows)] if rows else [])
+    session.out.say(f"{len(found)} device{'' if len(found) == 1 else 's'}")
+
+
+@command(app, "events")
+async def events(
+    session: Session,
+    name: Name,
+    limit: Annotated[int, typer.Option(min=1, help="The last so many.")] = 100,
+) -> None:
+    """Show what happened to a rollout, when, and by whom."""
+    async with session.database() as db:
+        store = RolloutStore(db)
+        found = await store.events((await store.show(name)).job_no, limit)
+    rows = [(when(e.at), e.wave, e.kind, e.actor, event_text(e)) for e in found]
+    shown = table("", ("time", "wave", "kind", "by", "what"), rows, right=("wave",))
+    session.out.result({"events": [as_dict(event) for event in found]}, shown)
+
+
+# --- inside ----------------------------------------------------------------------------------------------------------
+
+
+async def _refuse_known(db: Database, name: str) -> None:
+    """A name that has ended is not started again: its devices, events and figures belong to that rollout."""
+    try:
+        known = await RolloutStore(db).show(name)
+    except NotFoundError:
+        return
+    if known.outcome is not None:
+        raise RefusedError(
+            f"cannot start rollout {name}: a rollout of this name has ended ({known.outcome}, {when(known.finished_at)}); "
+            "give this one another name"
+        )
+
+
+def _tell_started(session: Session, spec: RolloutSpec, planned: Snapshot | None) -> None:
+    workflow_id = rollout_workflow_id(spec.name)
+    link = session.ui_link(workflow_id)
+    waves = planned.view.waves if planned else ()
+    made: dict[str, Any] = {
+        "name": spec.name,
+        "workflow_id": workflow_id,
+        "job_no": planned.view.job_no if planned else None,
+        "devices": planned.view.devices if planned else None,
+        "waves": [{"wave": w.wave, "name": w.name, "devices": w.target_count} for w in waves],
+        "ui_url": link,
+    }
+    sizes = ", ".join(f"{wave.name} {wave.target_count}" for wave in waves)
+    plan = f"{planned.view.devices} devices in {len(waves)} waves: {sizes}" if planned else "being planned"
+    pairs = [("rollout", spec.name), ("release", spec.release), ("plan", plan), ("UI", link)]
+    session.out.result(made, facts([*pairs, ("watch", f"rollout watch {spec.name}")]))
+    if planned is None:
+        session.out.say(
+            f"no plan within {PLAN_PATIENCE_SECONDS:.0f} s; a large fleet takes longer, but is a worker running?"
+        )
+
+
+async def _steer(session: Session, name: str, send: "Any") -> None:
+    """Send an operator's request to the workflow and show what it answers."""
+    client = await session.temporal()
+    handle: Handle = client.get_workflow_handle_for(RolloutWorkflow.run, rollout_workflow_id(name))
+    answer: Awaitable[RolloutStatus] = send(handle)
+    try:
+        status = await asyncio.wait_for(answer, ANSWER_SECONDS)
+    except WorkflowUpdateFailedError as error:
+        raise RefusedError(f"rollout {name}: {_words_of(error)}") from error
+    except RPCError as error:
+        if error.status is not RPCStatusCode.NOT_FOUND:
+            raise
+        raise await _not_running(session, name) from error
+    except TimeoutError as error:
+        raise UnavailableError(
+            f"no worker has taken the request to rollout {name} within {ANSWER_SECONDS:.0f} s, and whether it takes "
+            "effect later is not known; start a worker ('starter.py up'), then look at 'rollout show'"
+        ) from error
+    pairs = [("rollout", name), ("phase", status.phase), ("wave", f"{status.wave} {status.wave_name}".strip())]
+    pace = (
+        f"{status.pace.in_flight} in flight, {status.pace.per_minute or 'no limit'} per minute" if status.pace else ""
+    )
+    session.out.result(
+        status, facts([*pairs, ("waits for", status.waiting_for), ("reason", status.reason), ("pace", pace)])
+    )
+
+
+async def _not_running(session: Session, name: str) -> RefusedError | NotFoundError:
+    async with session.database() as db:
+        try:
+            known = await RolloutStore(db).show(name)
+        except NotFoundError:
+            return NotFoundError(f"no rollout {name!r}; 'rollout list' shows those that exist")
+    if known.outcome is None:
+        return RefusedError(
+            f"rollout {name} stands at {known.phase}, but its workflow does not run; start it again with its specification"
+        )
+    return RefusedError(f"rollout {name} has ended ({known.outcome}): {known.reason}")
+
+
+def _words_of(error: WorkflowUpdateFailedError) -> str:
+    cause: BaseException | None = error.cause
+    while cause is not None and not isinstance(cause, ApplicationError):
+        cause = cause.__cause__
+    return cause.message if isinstance(cause, ApplicationError) else str(error.cause)
+
+
+def _duration(text: str | None) -> timedelta | None:
+    try:
+        return None if text is None else parse_duration(text)
+    except (ValueError, OverflowError) as error:
+        raise InvalidInputError(f"--timeout: {error}") from error
+
+
+def _per_minute(text: str | None) -> int | None:
+    if text is None or text == "none":
+        return None
+    if not text.isdecimal() or int(text) < 1:
+        raise InvalidInputError(f"--per-minute: expected a number of devices, at least 1, or none, got {text!r}")
+    return int(text)

@@ -1,0 +1,275 @@
+"""What a rollout looks like: bars and numbers for a terminal, one line for a log, an object for a program. Pure."""
+
+import math
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from cli.output import as_dict, facts, printable, rough, when
+from domain.gate import breaker_of
+from models.rollout import JobStatus, Outcome, Phase, RolloutStatus, Verdict, WaveCounts, WaveProgress, WaveStatus
+from models.spec import GateSpec
+from models.views import EventView, RolloutView
+
+BAR_WIDTH = 24
+EVENTS_SHOWN = 6
+MEANING = {
+    Phase.WAITING_APPROVAL: "rollout approve",
+    Phase.HOLDING: "rollout promote, or rollout abort",
+    Phase.PAUSED: "rollout resume",
+}
+_PHASE_STYLE = {
+    Phase.ROLLING: "cyan",
+    Phase.SOAKING: "blue",
+    Phase.PAUSED: "yellow",
+    Phase.HOLDING: "yellow",
+    Phase.WAITING_APPROVAL: "yellow",
+    Phase.DRAINING: "magenta",
+}
+_OUTCOME_STYLE = {Outcome.SUCCEEDED: "bold green", Outcome.ABORTED: "bold yellow"}
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A rollout at one moment: what PostgreSQL has, and what its workflow adds when it answers."""
+
+    at: datetime
+    view: RolloutView
+    events: tuple[EventView, ...] = ()
+    status: RolloutStatus | None = None
+    ui_link: str | None = None
+    trouble: str = ""
+
+    @property
+    def phase(self) -> Phase:
+        """The workflow's word, until PostgreSQL says that it is over."""
+        if self.view.outcome is not None:
+            return Phase.DONE
+        if self.view.status is JobStatus.PAUSED or self.status is None or self.status.phase is Phase.DONE:
+            return self.view.phase
+        return self.status.phase
+
+    @property
+    def reason(self) -> str:
+        """Why it stands where it stands."""
+        if self.view.outcome is not None or self.status is None:
+            return self.view.reason
+        return self.status.reason or self.view.reason
+
+    @property
+    def waiting_for(self) -> str:
+        """What a person has to do, where one has."""
+        return self.status.waiting_for if self.status and self.view.outcome is None else ""
+
+    @property
+    def soak_until(self) -> datetime | None:
+        """When the soak is over: by the workflow's timer, else reckoned from the moment the wave had answered."""
+        if self.phase is not Phase.SOAKING:
+            return None
+        if self.status is not None and self.status.soak_until is not None:
+            return self.status.soak_until
+        wave = current_wave(self.view)
+        soaks = {spec.name: spec.soak for spec in self.view.spec.waves}
+        return wave.answered_at + soaks.get(wave.name, timedelta(0)) if wave and wave.answered_at else None
+
+    @property
+    def needs_person(self) -> bool:
+        """Whether it goes on only when somebody decides."""
+        return self.phase in (Phase.HOLDING, Phase.WAITING_APPROVAL)
+
+
+@dataclass(frozen=True)
+class GateDistance:
+    """How far a wave is from being halted: `boundary` failures at this many finished; `failures_left` in a row."""
+
+    wave: int
+    failed: int
+    finished: int
+    boundary: float
+    failures_left: int
+    tripped: bool
+
+
+def gate_distance(wave: WaveProgress, gate: GateSpec) -> GateDistance:
+    """The wave's evidence against the boundary of its breaker."""
+    breaker = breaker_of(gate)
+    failed, finished = wave.counts.gate_failed, wave.counts.answered
+    missing = breaker.halt_threshold - breaker.evidence(failed, finished)
+    return GateDistance(
+        wave=wave.wave,
+        failed=failed,
+        finished=finished,
+        boundary=round(breaker.boundary(finished), 2),
+        failures_left=0 if wave.tripped else max(0, math.ceil(missing / breaker.failure_weight)),
+        tripped=wave.tripped,
+    )
+
+
+def current_wave(view: RolloutView) -> WaveProgress | None:
+    """The wave that runs or soaks; after the end, the last one that was opened. Waves before it stay open too."""
+    opened = [wave for wave in view.waves if wave.opened_at is not None or wave.status is WaveStatus.OPEN]
+    return opened[-1] if opened else None
+
+
+# --- for a terminal --------------------------------------------------------------------------------------------------
+
+
+def screen(snapshot: Snapshot) -> RenderableType:
+    """Everything worth knowing at a glance."""
+    view = snapshot.view
+    parts: list[RenderableType] = [_headline(snapshot), wave_table(view)]
+    parts.append(facts([*_figures(snapshot), ("UI", snapshot.ui_link)]))
+    if snapshot.events:
+        parts += [Text(""), _event_lines(snapshot.events[-EVENTS_SHOWN:])]
+    if snapshot.trouble:
+        parts.append(Text(printable(snapshot.trouble), style="yellow"))
+    return Group(*parts)
+
+
+def _headline(snapshot: Snapshot) -> Text:
+    view, wave = snapshot.view, current_wave(snapshot.view)
+    line = Text()
+    line.append(printable(view.name), style="bold")
+    line.append(f"  {printable(view.release)}  ")
+    if view.outcome is not None:
+        line.append(view.outcome.upper(), style=_OUTCOME_STYLE.get(view.outcome, "bold red"))
+    else:
+        line.append(snapshot.phase, style=_PHASE_STYLE.get(snapshot.phase, ""))
+        if wave is not None:
+            line.append(f"  wave {wave.wave} of {len(view.waves)} ({printable(wave.name)})")
+    return line
+
+
+def wave_table(view: RolloutView) -> Table:
+    """A row per wave: bar, counts, verdict."""
+    made = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    made.add_column("wave", no_wrap=True)
+    made.add_column("", width=BAR_WIDTH, no_wrap=True)
+    for name in ("devices", "ok", "failed", "updating", "queued"):
+        made.add_column(name, justify="right", no_wrap=True)
+    made.add_column("gate", overflow="fold")
+    for wave in view.waves:
+        c = wave.counts
+        made.add_row(
+            Text(f"{wave.wave} {printable(wave.name)}"),
+            bar(c),
+            str(c.total or wave.target_count),
+            str(c.succeeded),
+            Text(str(_failures(c)), style="red" if _failures(c) else ""),
+            str(c.in_progress),
+            str(c.queued),
+            _gate_cell(wave, view.spec.gate),
+        )
+    return made
+
+
+def bar(counts: WaveCounts, width: int = BAR_WIDTH) -> Text:
+    """Succeeded, failed, updating and queued as shares of the wave; what has not been opened is a dot."""
+    shares = [
+        (counts.succeeded, "█", "green"),
+        (_failures(counts), "█", "red"),
+        (counts.in_progress, "▓", "cyan"),
+        (counts.queued, "░", ""),
+        (counts.pending, "·", "dim"),
+        (counts.canceled + counts.removed, "-", "dim"),
+    ]
+    line, upto, drawn = Text(), 0, 0
+    for count, mark, style in shares:
+        upto += count
+        end = round(width * upto / counts.total) if counts.total else 0
+        if count and end == drawn and end < width:
+            end += 1  # one of a thousand still is something
+        line.append(mark * (end - drawn), style=style)
+        drawn = max(drawn, end)
+    return line
+
+
+def _gate_cell(wave: WaveProgress, gate: GateSpec) -> Text:
+    distance = gate_distance(wave, gate)
+    if wave.tripped:
+        return Text(f"tripped: {wave.tripped_failed} of {wave.tripped_finished} failed", style="bold red")
+    if wave.verdict is Verdict.PROMOTE:
+        return Text("promoted", style="green")
+    if wave.verdict is not None and wave.verdict is not Verdict.CONTINUE:
+        return Text(str(wave.verdict), style="yellow")
+    if wave.opened_at is None:
+        return Text("not open", style="dim")
+    style = "red" if distance.failures_left <= 1 else "yellow" if distance.failed else ""
+    return Text(f"halts at {distance.boundary:.1f} failed, {distance.failures_left} more in a row", style=style)
+
+
+def _figures(snapshot: Snapshot) -> list[tuple[str, object]]:
+    view, counts = snapshot.view, snapshot.view.counts
+    pace = f"{view.per_minute} per minute" if view.per_minute else "no limit per minute"
+    soak = snapshot.soak_until
+    action = MEANING.get(snapshot.phase)
+    waiting = f"{snapshot.waiting_for or snapshot.phase}: {action} {view.name}" if action else ""
+    return [
+        ("devices", f"{counts.succeeded} of {view.devices} updated, {view.by_delta} by delta, {view.exposed} exposed"),
+        ("in flight", f"{view.in_flight} of at most {view.in_flight_cap}, {pace}"),
+        ("failures", ", ".join(f"{kind} {count}" for kind, count in view.failures.items())),
+        ("soak", f"{rough(soak - snapshot.at)} left, until {when(soak)}" if soak else ""),
+        ("waits for", waiting),
+        ("reason", snapshot.reason),
+    ]
+
+
+def _event_lines(events: tuple[EventView, ...]) -> Text:
+    lines = Text()
+    for event in events:
+        lines.append(f"{event.at.astimezone(UTC):%H:%M:%S} ", style="dim")
+        lines.append(printable(event_text(event)) + "\n")
+    lines.rstrip()
+    return lines
+
+
+def event_text(event: EventView) -> str:
+    """An event in a line; who did it where it was a person."""
+    by = "" if event.actor in ("tidegate", "workflow") or event.actor in event.text else f" ({event.actor})"
+    return f"{event.text or event.kind}{by}"
+
+
+def _failures(counts: WaveCounts) -> int:
+    return counts.failed + counts.timed_out + counts.rejected
+
+
+# --- for a log and for programs --------------------------------------------------------------------------------------
+
+
+def line_of(snapshot: Snapshot) -> str:
+    """The rollout in one line, without the time, so that two lines differ only when something has changed."""
+    view, wave = snapshot.view, current_wave(snapshot.view)
+    parts = [str(view.outcome or snapshot.phase)]
+    if wave is not None:
+        c, distance = wave.counts, gate_distance(wave, view.spec.gate)
+        parts.append(
+            f"wave {wave.wave}/{len(view.waves)} {wave.name}: {c.succeeded} ok, {_failures(c)} failed, "
+            f"{c.in_progress} updating, {c.queued} queued of {c.total}"
+        )
+        parts.append(
+            "gate tripped" if wave.tripped else f"gate halts at {distance.boundary:.1f}, {distance.failures_left} left"
+        )
+    parts.append(f"in flight {view.in_flight}/{view.in_flight_cap}")
+    if view.failures:
+        parts.append(", ".join(f"{kind} {count}" for kind, count in view.failures.items()))
+    if snapshot.soak_until is not None:
+        parts.append(f"soak until {when(snapshot.soak_until)}")
+    if snapshot.needs_person:
+        parts.append(f"waits: {snapshot.waiting_for or snapshot.reason}")
+    return printable(" | ".join(parts))
+
+
+def object_of(snapshot: Snapshot) -> dict[str, Any]:
+    """The rollout for a program: its view, and what is reckoned from it."""
+    found = as_dict(snapshot.view)
+    found["phase"], found["reason"] = str(snapshot.phase), snapshot.reason
+    found["soak_until"] = snapshot.soak_until
+    found["waiting_for"] = snapshot.waiting_for
+    found["ui_url"] = snapshot.ui_link
+    found["gate_distances"] = [asdict(gate_distance(wave, snapshot.view.spec.gate)) for wave in snapshot.view.waves]
+    return found

@@ -1,0 +1,190 @@
+"""Reading a rollout's specification: YAML in, a RolloutSpec out, or every mistake at once with its line.
+
+A document whose mistakes are taken out is checked again, so that a rule over several keys (waves that must grow, rates
+that must be ordered) is told in the same run as a misspelt key elsewhere.
+"""
+
+import copy
+import datetime
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+from ruamel.yaml import YAML
+from ruamel.yaml.comments import CommentedMap, CommentedSeq, TaggedScalar
+from ruamel.yaml.constructor import DuplicateKeyError
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
+
+from domain.mistakes import Fault, faults_of, path_of
+from models.errors import InvalidInputError, Mistake, NotFoundError, SpecError
+from models.spec import RolloutSpec, WaveSpec
+
+MAX_SPEC_BYTES = 4 * 1024 * 1024
+"""Room for a target that names 100,000 devices."""
+MAX_NODES = 250_000
+"""Aliases can make a short document mean an endless one."""
+
+
+def load_spec(path: Path) -> RolloutSpec:
+    """The specification in a file.
+
+    Raises:
+        SpecError: every mistake in it, each with its line where it has one.
+        NotFoundError, InvalidInputError: there is no such file, or it cannot be read.
+    """
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError as error:
+        raise NotFoundError(f"cannot read the specification {path}: there is no such file") from error
+    except OSError as error:
+        raise InvalidInputError(f"cannot read the specification {path}: {error.strerror}") from error
+    return parse_spec(data, str(path))
+
+
+def parse_spec(data: bytes, source: str) -> RolloutSpec:
+    """The specification in these bytes; `source` is their name in errors. Raises SpecError."""
+    document = _document(data, source)
+    try:
+        return RolloutSpec.model_validate(_plain(document))
+    except _TooLargeError:
+        raise SpecError(
+            source, [Mistake("(document)", f"more than {MAX_NODES} values; are there aliases in it?")]
+        ) from None
+    except ValidationError:
+        mistakes = [Mistake(path_of(f.where), f.message, _line(document, f)) for f in _every_fault(_plain(document))]
+        raise SpecError(source, sorted(mistakes, key=lambda m: m.line or 0)) from None
+
+
+def _document(data: bytes, source: str) -> CommentedMap:
+    if len(data) > MAX_SPEC_BYTES:
+        raise SpecError(source, [Mistake("(document)", f"{len(data)} bytes, expected at most {MAX_SPEC_BYTES}")])
+    try:
+        document = YAML(typ="rt").load(data.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        line = data[: error.start].count(b"\n") + 1
+        raise SpecError(source, [Mistake("(document)", "not UTF-8", line)]) from error
+    except DuplicateKeyError as error:
+        mark = error.problem_mark
+        found = str(error.problem).replace('"', "'")
+        raise SpecError(source, [Mistake("(document)", found, mark.line + 1 if mark else None)]) from error
+    except MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        raise SpecError(
+            source, [Mistake("(document)", _yaml_problem(error), mark.line + 1 if mark else None)]
+        ) from error
+    except (YAMLError, ValueError, RecursionError) as error:
+        first = (str(error).strip() or "nested too deeply").splitlines()[0]
+        raise SpecError(source, [Mistake("(document)", f"not YAML: {first}")]) from error
+    if not isinstance(document, CommentedMap):
+        found = "nothing" if document is None else type(document).__name__.replace("CommentedSeq", "a list")
+        raise SpecError(source, [Mistake("(document)", f"expected keys and values as in 'name: ...', got {found}", 1)])
+    return document
+
+
+def _yaml_problem(error: MarkedYAMLError) -> str:
+    parts = [part for part in (error.context, error.problem) if part]
+    return f"not YAML: {', '.join(parts)}"
+
+
+class _TooLargeError(Exception):
+    """More nodes than MAX_NODES; never leaves this module."""
+
+
+def _plain(node: Any) -> Any:
+    """The document in Python's own types."""
+    left = MAX_NODES
+
+    def plain(inner: Any) -> Any:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise _TooLargeError
+        if isinstance(inner, CommentedMap):
+            return {_scalar(key): plain(value) for key, value in inner.items()}
+        if isinstance(inner, CommentedSeq):
+            return [plain(value) for value in inner]
+        return _scalar(inner)
+
+    try:
+        return plain(node)
+    except RecursionError:
+        raise _TooLargeError from None
+
+
+def _scalar(value: Any) -> Any:
+    """YAML's scalars without what the reader remembers of their writing."""
+    if isinstance(value, bool) or value is None:
+        return value
+    for kind in (int, float, str):
+        if isinstance(value, kind):
+            return kind(value)
+    if isinstance(value, TaggedScalar):
+        return str(value.value)
+    if isinstance(value, datetime.datetime):
+        return datetime.datetime(*value.timetuple()[:6])
+    return value
+
+
+def _every_fault(document: dict[str, Any]) -> list[Fault]:
+    """Faults of the document, then of what remains when they are taken out, until nothing new is found."""
+    found: dict[tuple[str | int, ...], Fault] = {}
+    remaining = copy.deepcopy(document)
+    while new := [fault for fault in _faults(remaining) if not _is_known(fault, found)]:
+        for fault in new:
+            found[fault.where] = fault
+            _take_out(remaining, fault.where)
+    broken = {where[1] for where in found if where[:1] == ("waves",) and len(where) > 1}
+    if broken and isinstance(remaining.get("waves"), list):
+        remaining["waves"] = [wave for i, wave in enumerate(remaining["waves"]) if i not in broken or _is_wave(wave)]
+        found.update({fault.where: fault for fault in _faults(remaining) if fault.where == ("waves",)})
+    return list(found.values())
+
+
+def _is_wave(wave: Any) -> bool:
+    try:
+        WaveSpec.model_validate(wave)
+    except ValidationError:
+        return False
+    return True
+
+
+def _faults(document: dict[str, Any]) -> list[Fault]:
+    try:
+        RolloutSpec.model_validate(document)
+    except ValidationError as error:
+        return list(faults_of(error, RolloutSpec))
+    return []
+
+
+def _is_known(fault: Fault, found: dict[tuple[str | int, ...], Fault]) -> bool:
+    """Told already; or only there because the value that was at fault has been taken out."""
+    return fault.where in found or (
+        fault.message == "is missing" and any(w[: len(fault.where)] == fault.where for w in found)
+    )
+
+
+def _take_out(document: Any, where: tuple[str | int, ...]) -> None:
+    parent = document
+    for part in where[:-1]:
+        try:
+            parent = parent[part]
+        except (KeyError, IndexError, TypeError):
+            return
+    if where and isinstance(parent, dict):
+        parent.pop(where[-1], None)
+
+
+def _line(document: CommentedMap, fault: Fault) -> int | None:
+    """The line of the key (where that is wrong) or of its value; of what contains it where it is missing."""
+    node: Any = document
+    line: int = document.lc.line + 1
+    for depth, part in enumerate(fault.where):
+        is_last = depth == len(fault.where) - 1
+        try:
+            position = node.lc.data[part]  # of a map: line and column of the key, then of the value
+            named = isinstance(node, CommentedMap) and not (is_last and fault.is_key)
+            line = int(position[2 if named else 0]) + 1
+            node = node[part]
+        except (KeyError, IndexError, TypeError, AttributeError):
+            return line
+    return line
