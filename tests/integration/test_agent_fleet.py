@@ -165,6 +165,7 @@ async def test_simulated_devices_ask_again_when_nobody_answers_and_when_a_hint_c
     async with asyncio.timeout(10):
         while any(job.status != "SUCCEEDED" for job in plant.jobs.jobs.values()):
             await asyncio.sleep(0.05)
+    await asyncio.sleep(1)  # the last answers are on their way
     stop.set()
     assert (await task).outcomes == {"SUCCEEDED": len(DEVICES)}
 
