@@ -98,9 +98,7 @@ class JobsClient:
                     async for message in client.messages:
                         self._take(message)
             except (aiomqtt.MqttError, OSError, UnansweredError):
-                # Leaving the session may fail while this task is being cancelled; the cancellation must not be lost.
-                if (task := asyncio.current_task()) is not None and task.cancelling():
-                    raise asyncio.CancelledError from None
+                _heed_cancellation()
                 self.errors += 1
             finally:
                 self._client = None
@@ -132,6 +130,7 @@ class JobsClient:
                     await self._client.publish(topic, payload, qos=1)
                 return await future
         except (TimeoutError, aiomqtt.MqttError) as error:
+            _heed_cancellation()
             self.errors += 1
             raise UnansweredError(f"{topic}: no answer within {self.patience.answer_seconds} s") from error
         finally:
@@ -142,6 +141,7 @@ class JobsClient:
         if self._client is not None:
             with contextlib.suppress(aiomqtt.MqttError):
                 await self._client.publish(heartbeat_topic(self.thing), orjson.dumps(body), qos=0)
+            _heed_cancellation()
 
     def _connect(self) -> aiomqtt.Client:
         broker = self._broker
@@ -193,6 +193,16 @@ class JobsClient:
 
 
 _ANSWERS = ("accepted", "rejected")
+
+
+def _heed_cancellation() -> None:
+    """Raise again a cancellation that came out of aiomqtt as an MqttError, as happens while a session ends.
+
+    Without it a device that is about to reboot waits for ever for a task that has not heard of its end.
+    """
+    task = asyncio.current_task()
+    if task is not None and task.cancelling():
+        raise asyncio.CancelledError
 
 
 def _code(granted: Any) -> int:
