@@ -23,7 +23,6 @@ from typing import Any
 
 import orjson
 from rich.console import Console
-from rich.table import Table
 from temporalio.client import Client
 
 from activities.artifact_store import ArtifactStore
@@ -435,30 +434,32 @@ def progress_line(view: RolloutView) -> str:
     waves = []
     for wave in view.waves:
         counts = wave.counts
-        done, width = counts.terminal, 10
+        done, width = counts.terminal, 8
         filled = width * done // counts.total if counts.total else 0
         colour = "red" if wave.tripped or wave.verdict == "halt" else "green" if wave.verdict == "promote" else "cyan"
         bar = f"[{colour}]{'█' * filled}[/{colour}]{'░' * (width - filled)}"
-        waves.append(f"{wave.name} {bar} {counts.succeeded}+{counts.gate_failed}✗/{counts.total}")
-    return f"{view.phase:<9} {'  '.join(waves)}  in flight {view.in_flight}/{view.in_flight_cap}"
+        failed = f" [red]{counts.gate_failed} failed[/red]" if counts.gate_failed else ""
+        waves.append(f"{wave.name} {bar} {done}/{counts.total}{failed}")
+    return f"{view.phase:<8} {'  '.join(waves)}"
 
 
 def print_summary(console: Console, summary: dict[str, Any]) -> None:
     """The table at the end."""
-    table = Table(title=f"{summary['devices']} devices in {summary['seconds']} s", title_justify="left")
-    for column in ("rollout", "outcome", "exposed", "ok", "failed", "delta", "events", "devices now run"):
-        table.add_column(column, no_wrap=True)
+    console.print(f"\n[bold]{summary['devices']} devices in {summary['seconds']} s[/bold]", highlight=False)
     for rollout in summary["rollouts"]:
         slots = ", ".join(f"{count} {which}" for which, count in rollout["active_slots"].items() if count)
-        figures = [rollout[key] for key in ("exposed", "succeeded", "failed", "by_delta", "history_events")]
-        table.add_row(rollout["name"], str(rollout["outcome"]), *map(str, figures), slots)
-    console.print()
-    console.print(table)
-    for rollout in summary["rollouts"]:
-        console.print(f"{rollout['name']}: {rollout['reason']}", highlight=False)
+        colour = "green" if rollout["outcome"] == Outcome.SUCCEEDED else "red"
+        console.print(f"\n{rollout['name']}  [{colour}]{rollout['outcome']}[/{colour}]", highlight=False)
+        console.print(f"  {rollout['reason']}", highlight=False)
+        console.print(
+            f"  {rollout['exposed']} devices exposed, {rollout['succeeded']} succeeded ({rollout['by_delta']} by delta), "
+            f"{rollout['failed']} failed; {rollout['history_events']} history events",
+            highlight=False,
+        )
+        console.print(f"  images in active slots when it had ended: {slots}", highlight=False)
     delta = summary["images"]["new"]["delta"]
     if delta:
-        console.print(f"delta: {delta['size']:,} bytes, {delta['percent_of_image']} % of the image", highlight=False)
+        console.print(f"\ndelta: {delta['size']:,} bytes, {delta['percent_of_image']} % of the image", highlight=False)
     console.print(f"Temporal Web UI: {summary['ui_url']}", highlight=False)
     for mistake in summary["mistakes"]:
         console.print(f"[red]not as expected: {mistake}[/red]", highlight=False)
