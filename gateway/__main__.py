@@ -7,6 +7,7 @@ also ends what may be left of the former session.
 
 import argparse
 import asyncio
+import contextlib
 import signal
 import sys
 
@@ -65,6 +66,18 @@ async def watch_lock(connection: psycopg.AsyncConnection, stop: asyncio.Event) -
             continue
 
 
+async def open_patiently(connection: Connection, settings: Settings, gateway: Gateway, stop: asyncio.Event) -> None:
+    """Connect to the broker, however long it stays away."""
+    while not stop.is_set():
+        try:
+            await connection.open(settings, REQUEST_FILTERS, gateway.receive)
+            return
+        except UnavailableError as error:
+            log.warning("waiting for the MQTT broker", reason=str(error))
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(stop.wait(), STANDBY_POLL_SECONDS)
+
+
 async def serve(settings: Settings) -> None:
     """Run until SIGTERM or SIGINT."""
     if not settings.database_url or not settings.artifact_url or not settings.order_key:
@@ -86,7 +99,7 @@ async def serve(settings: Settings) -> None:
         )
         connection = Connection(CLIENT_ID, keep_session=True)
         gateway = Gateway(db, connection, documents, settings)
-        await connection.open(settings, REQUEST_FILTERS, gateway.receive)
+        await open_patiently(connection, settings, gateway, stop)
         metrics.mark_ready("gateway")
         log.info("ready", metrics_port=port, broker=settings.mqtt_url)
         try:
