@@ -5,6 +5,7 @@ No float stands at a boundary: `0.1%` is 1/1000. Both serialise back to the form
 
 import re
 from datetime import timedelta
+from decimal import Decimal
 from fractions import Fraction
 from typing import Annotated, Any
 
@@ -13,6 +14,7 @@ from pydantic import BeforeValidator, PlainSerializer, WithJsonSchema
 _UNITS = {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
 _DURATION = re.compile(r"(?:\d+(?:\.\d+)?(?:ms|[smhdw]))+")
 _DURATION_PART = re.compile(r"(\d+(?:\.\d+)?)(ms|[smhdw])")
+_MOST_PLACES = 30
 _PERCENT = re.compile(r"(\d+(?:\.\d+)?)\s*%")
 
 
@@ -58,14 +60,15 @@ def parse_share(value: Any) -> Fraction:
 
 
 def format_share(value: Fraction) -> str:
-    """`5%`, `0.1%`; shares that have no finite decimal are written to six places.
+    """`5%`, `0.1%`, exactly; shares that have no finite decimal are written to six places.
 
-    >>> format_share(Fraction(1, 1000))
-    '0.1%'
+    >>> format_share(Fraction(1, 1000)), format_share(Fraction(1, 10**9))
+    ('0.1%', '0.0000001%')
     """
     percent = value * 100
-    text = str(percent.numerator) if percent.denominator == 1 else f"{float(percent):.6f}".rstrip("0").rstrip(".")
-    return f"{text}%"
+    places = next((n for n in range(_MOST_PLACES) if (percent * 10**n).denominator == 1), 6)
+    text = f"{Decimal(round(percent * 10**places)).scaleb(-places):f}"
+    return f"{text.rstrip('0').rstrip('.') if '.' in text else text}%"
 
 
 Duration = Annotated[
