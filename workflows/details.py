@@ -59,7 +59,7 @@ def _wave_table(spec: RolloutSpec, state: RolloutState) -> str:
         shown = _MARKS.get(verdict.verdict, str(verdict.verdict)) if verdict else _running(planned, state)
         reason = _one_line(verdict.reason).replace("|", "\\|") if verdict else ""
         rows.append(
-            f"| {planned.wave} {planned.name} | {planned.devices} | {soaks[planned.name]} | {shown} | {reason} |"
+            f"| {planned.wave} {planned.name} | {planned.devices} | {soaks.get(planned.name, '')} | {shown} | {reason} |"
         )
     return "\n".join(rows)
 

@@ -41,15 +41,39 @@ THREE_WAVES = (
 NO_SOAK = tuple({"name": wave["name"], "size": wave["size"]} for wave in THREE_WAVES)
 
 
+@dataclass
+class SkippingServers:
+    """Time-skipping servers, one at a time.
+
+    A workflow that is terminated while a task of it runs leaves its server's clock locked for good, so a test that
+    leaves a rollout running takes its server with it.
+    """
+
+    running: WorkflowEnvironment | None = None
+
+    async def get(self) -> WorkflowEnvironment:
+        """The server; a new one after `discard`."""
+        if self.running is None:
+            self.running = await WorkflowEnvironment.start_time_skipping(
+                data_converter=pydantic_data_converter,
+                test_server_existing_path=str(BINARIES / "temporal-test-server"),
+            )
+            await add_search_attributes(self.running.client, [key.name for key in options.SEARCH_ATTRIBUTES])
+        return self.running
+
+    async def discard(self) -> None:
+        """End the server."""
+        if self.running is not None:
+            await self.running.shutdown()
+            self.running = None
+
+
 @pytest_asyncio.fixture(scope="session")
-async def skipping() -> AsyncIterator[WorkflowEnvironment]:
-    """A server whose time runs ahead to the next timer while a test waits for a result."""
-    async with await WorkflowEnvironment.start_time_skipping(
-        data_converter=pydantic_data_converter,
-        test_server_existing_path=str(BINARIES / "temporal-test-server"),
-    ) as environment:
-        await add_search_attributes(environment.client, [key.name for key in options.SEARCH_ATTRIBUTES])
-        yield environment
+async def servers() -> AsyncIterator[SkippingServers]:
+    """For the session."""
+    servers = SkippingServers()
+    yield servers
+    await servers.discard()
 
 
 @asynccontextmanager
@@ -77,6 +101,15 @@ class Stage:
     environment: WorkflowEnvironment
     script: ScriptedRollout
     started: list[Handle] = field(default_factory=list)
+    workers: AsyncExitStack = field(default_factory=AsyncExitStack)
+
+    async def start_workers(self) -> None:
+        """Workers of all three queues. Nothing is cached by a new one: it replays what it takes up."""
+        await self.workers.enter_async_context(workers(self.environment.client, self.script.activities()))
+
+    async def stop_workers(self) -> None:
+        """End them, with what they hold in memory."""
+        await self.workers.aclose()
 
     @property
     def handle(self) -> Handle:
@@ -156,11 +189,12 @@ async def why_it_hangs(handle: WorkflowHandle[Any, Any]) -> str:
 
 
 @pytest_asyncio.fixture
-async def stage(skipping: WorkflowEnvironment) -> AsyncIterator[Stage]:
-    """Workers with a script; rollouts that a test leaves running are ended."""
-    stage = Stage(skipping, ScriptedRollout())
-    async with workers(skipping.client, stage.script.activities()):
-        yield stage
-        for handle in stage.started:
-            if (await handle.describe()).close_time is None:
-                await handle.terminate("the test is over")
+async def stage(servers: SkippingServers) -> AsyncIterator[Stage]:
+    """Workers with a script, on a server whose time runs ahead while a test waits for a result."""
+    stage = Stage(await servers.get(), ScriptedRollout())
+    await stage.start_workers()
+    yield stage
+    described = [await handle.describe() for handle in stage.started]
+    await stage.stop_workers()
+    if any(rollout.close_time is None for rollout in described):
+        await servers.discard()

@@ -5,6 +5,7 @@ really asked for, in order. A soak that nothing disturbs is an activity that is 
 time-skipping server skips timers only while no activity is running.
 """
 
+import asyncio
 from collections import defaultdict, deque
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -41,7 +42,7 @@ from models.rollout import (
 REASONS = {
     Verdict.PROMOTE: "promote: 20 of 20 succeeded",
     Verdict.HOLD: "hold: 12 of 20 answered, 19 needed",
-    Verdict.HALT: "halt: 5 of 5 failed (100.0 %), boundary 4.3",
+    Verdict.HALT: "halt: 5 of 5 exposed devices failed (100.0 %), boundary 4.3",
 }
 ERRORS = {error.__name__: error for error in (ConflictError, NotFoundError, RefusedError)}
 
@@ -66,8 +67,13 @@ class Waits:
     """A driver that has nothing to report: it would go on for ever."""
 
 
+@dataclass(frozen=True)
+class Runs:
+    """A driver that is running until the test sets `answers`, and promotes then. Time does not run ahead meanwhile."""
+
+
 PROMOTE, HOLD, HALT = Says(Verdict.PROMOTE), Says(Verdict.HOLD), Says(Verdict.HALT)
-Move = Says | Fails | Waits
+Move = Says | Fails | Waits | Runs
 
 
 @dataclass
@@ -78,8 +84,10 @@ class ScriptedRollout:
     moves: dict[tuple[int, DriveMode], deque[Move]] = field(default_factory=lambda: defaultdict(deque))
     plan_errors: deque[tuple[str, str]] = field(default_factory=deque)
     status_errors: deque[tuple[str, str]] = field(default_factory=deque)
+    pace_errors: deque[str] = field(default_factory=deque)
     artifacts_error: str = ""
     tripped: str = ""
+    answers: asyncio.Event = field(default_factory=asyncio.Event)
     asked: list[Any] = field(default_factory=list)
 
     def script(self, wave: int, mode: DriveMode, *moves: Move) -> None:
@@ -133,6 +141,11 @@ class ScriptedRollout:
         if not isinstance(move, Waits) or activity.info().attempt == 1:
             self.asked.append(asked)
         match move:
+            case Runs():
+                while not self.answers.is_set():
+                    activity.heartbeat()
+                    await asyncio.sleep(0.02)
+                return self._driven(asked, WaveVerdict(verdict=Verdict.PROMOTE, reason=REASONS[Verdict.PROMOTE]))
             case Fails(message):
                 raise RuntimeError(message)
             case Waits():
@@ -174,7 +187,9 @@ class ScriptedRollout:
 
     @activity.defn
     async def adjust_pace(self, asked: AdjustPaceInput) -> None:
-        """Noted."""
+        """Noted, after the next error of the script."""
+        if self.pace_errors:
+            raise RuntimeError(self.pace_errors.popleft())
         self.asked.append(asked)
 
     @activity.defn

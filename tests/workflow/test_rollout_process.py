@@ -54,7 +54,7 @@ async def test_a_halt_in_the_canary_wave_opens_no_further_wave_and_drains(stage:
     await stage.start(THREE_WAVES)
     result = await stage.result()
     assert result.outcome is Outcome.HALTED
-    assert result.reason.startswith("halt: 5 of 5 failed")
+    assert result.reason.startswith("halt: 5 of 5 exposed devices failed")
     assert stage.script.kinds()[2:] == ["drive 1 answering", "finish halted"]
     assert stage.script.only(FinishRolloutInput)[0].drain
 
