@@ -1,6 +1,6 @@
 """Start, watch and steer Tidegate: `python starter.py --help`."""
 
-from cli.main import app
+from cli.main import main
 
 if __name__ == "__main__":
-    app()
+    main()

@@ -15,7 +15,7 @@ from temporalio.service import RPCError, RPCStatusCode
 from cli.command import Session, command, whoami
 from cli.explain import why_here, why_not_in
 from cli.output import ExitStatus, as_dict, facts, table, when
-from cli.screen import Snapshot, current_wave, event_text, object_of, screen
+from cli.screen import Snapshot, current_wave, event_text, object_of, screen, specification
 from cli.spec import load_spec, parse_spec
 from cli.watch import Handle, Watch, follow, temporal_if_there
 from models.errors import ConflictError, InvalidInputError, NotFoundError, RefusedError, UnavailableError
@@ -117,8 +117,9 @@ async def show(session: Session, name: Name) -> ExitStatus:
     elif found is None:
         session.out.result({"name": name, "phase": "planning"}, f"rollout {name} is being planned")
     else:
-        spec = found.view.spec.model_dump(mode="json")
-        shown = facts([("requested by", found.view.requested_by), ("started", found.view.started_at), *spec.items()])
+        view = found.view
+        times = [("planned", view.created_at), ("started", view.started_at), ("finished", view.finished_at)]
+        shown = facts([*specification(view.spec), ("requested by", view.requested_by), *times])
         session.out.result(object_of(found), [screen(found), "", shown])
     return ExitStatus.SUCCEEDED
 

@@ -12,8 +12,9 @@ from rich.text import Text
 
 from cli.output import as_dict, facts, printable, rough, when
 from domain.gate import breaker_of
+from models.quantities import format_duration, format_share
 from models.rollout import JobStatus, Outcome, Phase, RolloutStatus, Verdict, WaveCounts, WaveProgress, WaveStatus
-from models.spec import GateSpec
+from models.spec import GateSpec, RolloutSpec
 from models.views import EventView, RolloutView
 
 BAR_WIDTH = 24
@@ -47,32 +48,37 @@ class Snapshot:
 
     @property
     def phase(self) -> Phase:
-        """The workflow's word, until PostgreSQL says that it is over."""
-        if self.view.outcome is not None:
-            return Phase.DONE
-        if self.view.status is JobStatus.PAUSED or self.status is None or self.status.phase is Phase.DONE:
-            return self.view.phase
-        return self.status.phase
+        """PostgreSQL's word; a job that admits nobody any more is on its way out before its workflow says so."""
+        view = self.view
+        return Phase.DRAINING if view.status is JobStatus.HALTED and view.outcome is None else view.phase
+
+    @property
+    def workflow(self) -> RolloutStatus | None:
+        """What the workflow says, where that is about this same phase and wave and not from a moment ago."""
+        wave = current_wave(self.view)
+        if self.status is None or self.status.phase is not self.phase:
+            return None
+        return self.status if wave is None or self.status.wave == wave.wave else None
 
     @property
     def reason(self) -> str:
         """Why it stands where it stands."""
-        if self.view.outcome is not None or self.status is None:
-            return self.view.reason
-        return self.status.reason or self.view.reason
+        return (self.workflow.reason if self.workflow else "") or self.view.reason
 
     @property
     def waiting_for(self) -> str:
-        """What a person has to do, where one has."""
-        return self.status.waiting_for if self.status and self.view.outcome is None else ""
+        """What a person has to decide, where one has."""
+        if not self.needs_person:
+            return ""
+        return (self.workflow.waiting_for if self.workflow else "") or self.view.reason
 
     @property
     def soak_until(self) -> datetime | None:
         """When the soak is over: by the workflow's timer, else reckoned from the moment the wave had answered."""
         if self.phase is not Phase.SOAKING:
             return None
-        if self.status is not None and self.status.soak_until is not None:
-            return self.status.soak_until
+        if self.workflow is not None and self.workflow.soak_until is not None:
+            return self.workflow.soak_until
         wave = current_wave(self.view)
         soaks = {spec.name: spec.soak for spec in self.view.spec.waves}
         return wave.answered_at + soaks.get(wave.name, timedelta(0)) if wave and wave.answered_at else None
@@ -98,7 +104,7 @@ class GateDistance:
 def gate_distance(wave: WaveProgress, gate: GateSpec) -> GateDistance:
     """The wave's evidence against the boundary of its breaker."""
     breaker = breaker_of(gate)
-    failed, finished = wave.counts.gate_failed, wave.counts.answered
+    failed, finished = wave.counts.gate_failed, wave.counts.exposed
     missing = breaker.halt_threshold - breaker.evidence(failed, finished)
     return GateDistance(
         wave=wave.wave,
@@ -192,7 +198,7 @@ def bar(counts: WaveCounts, width: int = BAR_WIDTH) -> Text:
 def _gate_cell(wave: WaveProgress, gate: GateSpec) -> Text:
     distance = gate_distance(wave, gate)
     if wave.tripped:
-        return Text(f"tripped: {wave.tripped_failed} of {wave.tripped_finished} failed", style="bold red")
+        return Text(f"tripped: {wave.tripped_failed} of {wave.tripped_exposed} failed", style="bold red")
     if wave.verdict is Verdict.PROMOTE:
         return Text("promoted", style="green")
     if wave.verdict is not None and wave.verdict is not Verdict.CONTINUE:
@@ -216,6 +222,24 @@ def _figures(snapshot: Snapshot) -> list[tuple[str, object]]:
         ("soak", f"{rough(soak - snapshot.at)} left, until {when(soak)}" if soak else ""),
         ("waits for", waiting),
         ("reason", snapshot.reason),
+    ]
+
+
+def specification(spec: RolloutSpec) -> list[tuple[str, object]]:
+    """A specification as name and value, with its defaults."""
+    waves = [f"{w['name']} {w['size']}, soak {w['soak']}" for w in spec.model_dump(mode="json")["waves"]]
+    gate, deadlines, pace = spec.gate, spec.deadlines, spec.pace
+    rates = [f"healthy {format_share(gate.healthy)}", f"limit {format_share(gate.limit)}"]
+    rates += [f"false halt {format_share(gate.false_halt)}", f"missed halt {format_share(gate.missed_halt)}"]
+    steps = [f"{name} {format_duration(getattr(deadlines, name))}" for name in type(deadlines).model_fields]
+    return [
+        ("target", spec.target.model_dump_json(exclude_defaults=True)),
+        ("waves", "; ".join(waves)),
+        ("gate", ", ".join(rates)),
+        ("completion", format_share(spec.completion)),
+        ("deadlines", ", ".join(steps)),
+        ("pace", f"{pace.in_flight} in flight, {pace.per_minute or 'no limit'} per minute"),
+        ("approval", spec.approval),
     ]
 
 
@@ -251,9 +275,10 @@ def line_of(snapshot: Snapshot) -> str:
             f"wave {wave.wave}/{len(view.waves)} {wave.name}: {c.succeeded} ok, {_failures(c)} failed, "
             f"{c.in_progress} updating, {c.queued} queued of {c.total}"
         )
-        parts.append(
-            "gate tripped" if wave.tripped else f"gate halts at {distance.boundary:.1f}, {distance.failures_left} left"
-        )
+        if wave.tripped:
+            parts.append(f"gate tripped at {wave.tripped_failed} failed of {wave.tripped_exposed}")
+        elif view.outcome is None:
+            parts.append(f"gate halts at {distance.boundary:.1f}, {distance.failures_left} left")
     parts.append(f"in flight {view.in_flight}/{view.in_flight_cap}")
     if view.failures:
         parts.append(", ".join(f"{kind} {count}" for kind, count in view.failures.items()))
