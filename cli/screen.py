@@ -111,7 +111,7 @@ def gate_distance(wave: WaveProgress, gate: GateSpec) -> GateDistance:
         failed=failed,
         finished=finished,
         boundary=round(breaker.boundary(finished), 2),
-        failures_left=0 if wave.tripped else max(0, math.ceil(missing / breaker.failure_weight)),
+        failures_left=0 if wave.tripped else max(0, math.ceil(missing / (breaker.failure_weight - breaker.success_weight))),
         tripped=wave.tripped,
     )
 

@@ -46,7 +46,7 @@ class WaveRow:
     breaker: Breaker
     tripped_at: float | None = None
     tripped_failed: int | None = None
-    tripped_finished: int | None = None
+    tripped_exposed: int | None = None
     answered_at: float | None = None
     changed: bool = False
     news: bool = False
@@ -291,8 +291,9 @@ def _recent(admitted: dict[int, int], now: float) -> int:
 def _look_at_wave(wave: WaveRow, now: float) -> None:
     """Trip the breaker, and mark what the wave's driver waits for."""
     finished = wave.gate_succeeded + wave.gate_failed
-    if wave.tripped_at is None and wave.breaker.trips(wave.gate_failed, finished):
-        wave.tripped_at, wave.tripped_failed, wave.tripped_finished = now, wave.gate_failed, finished
+    exposed = finished + wave.counts["in_progress"]
+    if wave.tripped_at is None and wave.breaker.trips(wave.gate_failed, exposed):
+        wave.tripped_at, wave.tripped_failed, wave.tripped_exposed = now, wave.gate_failed, exposed
         wave.news = True
     if wave.answered_at is None and (finished >= wave.completion_count or wave.outstanding == 0):
         wave.answered_at = now

@@ -2,11 +2,16 @@
 
 The breaker is Wald's sequential probability ratio test (A. Wald, "Sequential Tests of Statistical Hypotheses", Annals of
 Mathematical Statistics 16, 1945) of a healthy failure rate p0 against an unacceptable one p1. After f failures of n
-finished it halts when `f ln(p1/p0) + (n-f) ln((1-p1)/(1-p0)) >= ln((1-beta)/alpha)`. The three logarithms are kept as
+exposed devices it halts when `f ln(p1/p0) + (n-f) ln((1-p1)/(1-p0)) >= ln((1-beta)/alpha)`. The three logarithms are kept as
 integers in units of 1e-9, so that PostgreSQL, the gateway and the workflow compute the same decision from the same row.
 
+n counts the devices that have answered and those that are updating. Failures are often quicker than successes: of 500
+devices that start together, the ten that fail of a healthy 2 % may all answer before the first success, and a test over
+finished ones alone would read "5 of 5". With devices in progress counted as not failed, the evidence is never more than
+that of the same devices in the order in which they started, for which Wald's bound holds (docs/adr).
+
 >>> breaker = breaker_of(GateSpec())
->>> breaker.trips(failed=5, finished=5), breaker.trips(failed=4, finished=5)
+>>> breaker.trips(failed=5, exposed=5), breaker.trips(failed=5, exposed=500)
 (True, False)
 """
 
@@ -30,18 +35,18 @@ class Breaker:
     success_weight: int
     halt_threshold: int
 
-    def evidence(self, failed: int, finished: int) -> int:
+    def evidence(self, failed: int, exposed: int) -> int:
         """Log-likelihood ratio of "as bad as the limit" against "healthy", times 1e9."""
-        return failed * self.failure_weight + (finished - failed) * self.success_weight
+        return failed * self.failure_weight + (exposed - failed) * self.success_weight
 
-    def trips(self, failed: int, finished: int) -> bool:
+    def trips(self, failed: int, exposed: int) -> bool:
         """Whether these counts are on or beyond the boundary."""
-        return self.evidence(failed, finished) >= self.halt_threshold
+        return self.evidence(failed, exposed) >= self.halt_threshold
 
-    def boundary(self, finished: int) -> float:
-        """Failures at which a wave with `finished` answers halts: a line in `finished`. For people, not for deciding."""
+    def boundary(self, exposed: int) -> float:
+        """Failures at which a wave with `exposed` devices halts: a line in `exposed`. For people, not for deciding."""
         slope = self.failure_weight - self.success_weight
-        return (self.halt_threshold - finished * self.success_weight) / slope
+        return (self.halt_threshold - exposed * self.success_weight) / slope
 
 
 def breaker_of(gate: GateSpec) -> Breaker:
@@ -64,11 +69,11 @@ def percent(part: int, whole: int) -> str:
     return f"{100 * part / whole:.1f} %" if whole else "0 %"
 
 
-def halt_reason(gate: GateSpec, failed: int, finished: int) -> str:
+def halt_reason(gate: GateSpec, failed: int, exposed: int) -> str:
     """Why the breaker halted, with its numbers."""
     return (
-        f"halt: {failed} of {finished} failed ({percent(failed, finished)}), "
-        f"boundary {breaker_of(gate).boundary(finished):.1f} "
+        f"halt: {failed} of {exposed} exposed devices failed ({percent(failed, exposed)}), "
+        f"boundary {breaker_of(gate).boundary(exposed):.1f} "
         f"at a healthy rate of {format_share(gate.healthy)} against {format_share(gate.limit)}"
     )
 
@@ -88,8 +93,8 @@ def judge_running(
         HALT when the breaker's boundary is reached, CONTINUE while answers are missing and can still come,
         otherwise what `judge_answered` says.
     """
-    if breaker_of(gate).trips(counts.gate_failed, counts.answered):
-        return WaveVerdict(verdict=Verdict.HALT, reason=halt_reason(gate, counts.gate_failed, counts.answered))
+    if breaker_of(gate).trips(counts.gate_failed, counts.exposed):
+        return WaveVerdict(verdict=Verdict.HALT, reason=halt_reason(gate, counts.gate_failed, counts.exposed))
     needed = completion_count(counts.total, completion)
     settled = outstanding == 0 if wait_for_all else counts.outstanding == 0 or counts.answered >= needed
     if not settled:
@@ -107,8 +112,8 @@ def judge_answered(counts: WaveCounts, gate: GateSpec, completion: Fraction) -> 
     integers. A higher share is HALT, too few answers HOLD.
     """
     failed, answered, total = counts.gate_failed, counts.answered, counts.total
-    if breaker_of(gate).trips(failed, answered):
-        return WaveVerdict(verdict=Verdict.HALT, reason=halt_reason(gate, failed, answered))
+    if breaker_of(gate).trips(failed, counts.exposed):
+        return WaveVerdict(verdict=Verdict.HALT, reason=halt_reason(gate, failed, counts.exposed))
     if total == 0:
         return WaveVerdict(verdict=Verdict.HOLD, reason="hold: the wave has no devices, so there is no evidence")
     if answered and Fraction(failed, answered) > gate.limit:

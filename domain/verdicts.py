@@ -17,8 +17,8 @@ def tripped_verdict(seen: JobProgress, gate: GateSpec) -> WaveVerdict | None:
     wave = seen.wave
     if wave.tripped:
         failed = wave.counts.gate_failed if wave.tripped_failed is None else wave.tripped_failed
-        finished = wave.counts.answered if wave.tripped_finished is None else wave.tripped_finished
-        return WaveVerdict(verdict=Verdict.HALT, reason=halt_reason(gate, failed, finished))
+        exposed = wave.counts.exposed if wave.tripped_exposed is None else wave.tripped_exposed
+        return WaveVerdict(verdict=Verdict.HALT, reason=halt_reason(gate, failed, exposed))
     if seen.tripped_wave is not None:
         return WaveVerdict(verdict=Verdict.HALT, reason=f"halt: the breaker of wave {seen.tripped_wave} has tripped")
     return None

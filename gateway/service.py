@@ -217,7 +217,7 @@ class Gateway:
                         job=job.job_id,
                         wave=wave.wave,
                         failed=wave.tripped_failed,
-                        finished=wave.tripped_finished,
+                        exposed=wave.tripped_exposed,
                     )
 
 

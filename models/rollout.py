@@ -93,8 +93,13 @@ class WaveCounts(_Frozen):
         return self.succeeded + self.failed + self.timed_out + self.rejected + self.removed + self.canceled
 
     @property
+    def exposed(self) -> int:
+        """Executions that have answered or still may: the n of the breaker."""
+        return self.answered + self.in_progress
+
+    @property
     def answered(self) -> int:
-        """Executions that say something about the release: the n of the gate."""
+        """Executions that have said something about the release."""
         return self.gate_succeeded + self.gate_failed
 
 
@@ -107,7 +112,7 @@ class WaveProgress(_Frozen):
     counts: WaveCounts
     tripped: bool = False
     tripped_failed: int | None = None
-    tripped_finished: int | None = None
+    tripped_exposed: int | None = None
     opened_at: datetime | None = None
     answered_at: datetime | None = None
     closed_at: datetime | None = None

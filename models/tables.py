@@ -197,7 +197,7 @@ class Wave(SQLModel, table=True):
     halt_threshold: int = Field(sa_column=Column(BigInteger, nullable=False))
     tripped_at: datetime | None = Field(default=None, sa_column=_time())
     tripped_failed: int | None = Field(default=None, sa_column=Column(Integer))
-    tripped_finished: int | None = Field(default=None, sa_column=Column(Integer))
+    tripped_exposed: int | None = Field(default=None, sa_column=Column(Integer))
     notified_rank: int = Field(default=0, sa_column=Column(Integer, nullable=False, server_default="0"))
     opened_at: datetime | None = Field(default=None, sa_column=_time())
     answered_at: datetime | None = Field(default=None, sa_column=_time())

@@ -44,7 +44,7 @@ _WAVES = """
 SELECT w.job_no, w.wave, w.status, w.completion_count, w.pending, w.queued, w.in_progress, w.succeeded, w.failed,
        w.timed_out, w.rejected, w.removed, w.canceled, w.gate_succeeded, w.gate_failed,
        w.failure_weight, w.success_weight, w.halt_threshold,
-       extract(epoch FROM w.tripped_at)::float8, w.tripped_failed, w.tripped_finished,
+       extract(epoch FROM w.tripped_at)::float8, w.tripped_failed, w.tripped_exposed,
        extract(epoch FROM w.answered_at)::float8
 FROM waves w
 WHERE w.job_no = ANY(ARRAY(
@@ -91,7 +91,7 @@ WHERE e.job_no = n.job_no AND e.device_id = n.device_id
 _SAVE_WAVE = """
 UPDATE waves SET pending = %s, queued = %s, in_progress = %s, succeeded = %s, failed = %s, timed_out = %s,
   rejected = %s, removed = %s, canceled = %s, gate_succeeded = %s, gate_failed = %s, tripped_at = to_timestamp(%s),
-  tripped_failed = %s, tripped_finished = %s, answered_at = to_timestamp(%s)
+  tripped_failed = %s, tripped_exposed = %s, answered_at = to_timestamp(%s)
 WHERE job_no = %s AND wave = %s
 """
 
@@ -270,7 +270,7 @@ def _wave(row: tuple[Any, ...]) -> WaveRow:
         breaker=Breaker(row[15], row[16], row[17]),
         tripped_at=row[18],
         tripped_failed=row[19],
-        tripped_finished=row[20],
+        tripped_exposed=row[20],
         answered_at=row[21],
     )
 
@@ -308,7 +308,7 @@ def _wave_values(wave: WaveRow) -> tuple[Any, ...]:
         wave.gate_failed,
         wave.tripped_at,
         wave.tripped_failed,
-        wave.tripped_finished,
+        wave.tripped_exposed,
         wave.answered_at,
         wave.job_no,
         wave.wave,

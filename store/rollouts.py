@@ -568,7 +568,7 @@ async def _read_plan(connection: AsyncConnection, job_no: int) -> PlanRolloutRes
 
 
 _WAVE_COLUMNS = (
-    "wave, name, status, tripped_at IS NOT NULL AS tripped, tripped_failed, tripped_finished, opened_at, answered_at, "
+    "wave, name, status, tripped_at IS NOT NULL AS tripped, tripped_failed, tripped_exposed, opened_at, answered_at, "
     "closed_at, verdict, reason, target_count, gate_succeeded, gate_failed, " + ", ".join(COUNT_NAMES)
 )
 

@@ -215,7 +215,7 @@ def upgrade() -> None:
         sa.Column("halt_threshold", sa.BigInteger(), nullable=False),
         sa.Column("tripped_at", sa.DateTime(timezone=True), nullable=True),
         sa.Column("tripped_failed", sa.Integer(), nullable=True),
-        sa.Column("tripped_finished", sa.Integer(), nullable=True),
+        sa.Column("tripped_exposed", sa.Integer(), nullable=True),
         sa.Column("notified_rank", sa.Integer(), server_default="0", nullable=False),
         sa.Column("opened_at", sa.DateTime(timezone=True), nullable=True),
         sa.Column("answered_at", sa.DateTime(timezone=True), nullable=True),
