@@ -45,7 +45,7 @@ def gate_line(gate: GateSpec) -> str:
     offset = breaker.boundary(0)
     slope = breaker.boundary(1) - offset
     return (
-        f"Gate: halt when failed ≥ {offset:.4f} + {slope:.6f} × finished "
+        f"Gate: halt when failed ≥ {offset:.4f} + {slope:.6f} × exposed "
         f"(healthy {format_share(gate.healthy)}, limit {format_share(gate.limit)})"
     )
 

@@ -116,7 +116,7 @@ async def test_the_page_of_a_rollout_says_what_it_is_where_it_stands_and_what_it
     assert details.startswith("**soaking** promote: 20 of 20 succeeded")
     assert "| 1 canary | 3 | 4h | soaking |  |" in details
     assert "Next timer: soak ends 20" in details
-    assert "Gate: halt when failed ≥ 4.0704 + 0.050253 × finished" in details
+    assert "Gate: halt when failed ≥ 4.0704 + 0.050253 × exposed" in details
 
 
 async def test_the_whole_history_of_a_rollout_of_three_waves_has_at_most_a_hundred_events(live: Stage) -> None:
