@@ -45,7 +45,8 @@ class Settings(BaseSettings):
         default=None, description="Where artifacts are kept: file:///path or s3://bucket/prefix."
     )
     order_key: Path | None = Field(
-        default=None, description="Online Ed25519 key (PEM) that signs orders; made on first use in the state directory."
+        default=None,
+        description="Online Ed25519 key (PEM) that signs orders; made on first use in the state directory.",
     )
     order_lifetime_seconds: int = Field(default=86400, ge=60, description="How long an order to one device is valid.")
     metrics_host: str = Field(default="127.0.0.1", description="Address of the Prometheus endpoints.")
