@@ -95,8 +95,7 @@ def _mosquitto(folder: Path, port: int) -> subprocess.Popen[bytes]:
         f"listener {port} 127.0.0.1\nallow_anonymous true\nmax_inflight_messages 0\nmax_queued_messages 1000000\n"
         "persistence false\nlog_dest none\n"
     )
-    binary = shutil.which("mosquitto") or "/usr/sbin/mosquitto"
-    return subprocess.Popen([binary, "-c", str(config)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    return subprocess.Popen([str(mosquitto_binary()), "-c", str(config)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
 def _nats(folder: Path, port: int) -> subprocess.Popen[bytes]:
@@ -109,15 +108,15 @@ def _nats(folder: Path, port: int) -> subprocess.Popen[bytes]:
     return subprocess.Popen([binary, "-c", str(config)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
-def have_mosquitto() -> bool:
-    """Whether Mosquitto is installed."""
-    return bool(shutil.which("mosquitto") or Path("/usr/sbin/mosquitto").exists())
+def mosquitto_binary() -> str | None:
+    """Mosquitto where it is installed; Debian puts it where an ordinary user's PATH does not reach."""
+    return shutil.which("mosquitto", path=os.environ.get("PATH", "") + ":/usr/sbin")
 
 
 @pytest.fixture(scope="session")
 def broker() -> Iterator[Broker]:
     """Mosquitto where it is installed, else nats-server."""
-    kind = "mosquitto" if have_mosquitto() else "nats"
+    kind = "mosquitto" if mosquitto_binary() else "nats"
     folder, port = Path(tempfile.mkdtemp(prefix="tidegate-mqtt-")), free_port()
     process = (_mosquitto if kind == "mosquitto" else _nats)(folder, port)
     wait_for_port(port, process)
