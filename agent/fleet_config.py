@@ -1,6 +1,6 @@
 """What a fleet is told, and what became of it."""
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import orjson
@@ -78,7 +78,7 @@ class FleetReport:
 
     def to_json(self) -> bytes:
         """For `report_file`."""
-        return orjson.dumps(asdict(self), option=orjson.OPT_INDENT_2)
+        return orjson.dumps(self, option=orjson.OPT_INDENT_2)
 
 
 def read_devices(path: Path, limit: int | None = None) -> tuple[FleetDevice, ...]:

@@ -4,7 +4,7 @@ import asyncio
 import random
 import resource
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from agent.client import Broker
 from agent.faults import chance
@@ -33,15 +33,15 @@ class SimulatedFleet:
         _allow_files(shares + SPARE_FILES)
         groups = [config.devices[start::shares] for start in range(min(shares, len(config.devices)))]
         self._sessions = [self._session(group) for group in groups]
-        gate = asyncio.Semaphore(CONNECTS_AT_ONCE)
         early = [session for session in self._sessions if not session.late]
-        late = [asyncio.create_task(self._arrive(session, gate, stop)) for session in self._sessions if session.late]
-        await asyncio.gather(*(session.connect(gate) for session in early))
+        late = [asyncio.create_task(self._arrive(session)) for session in self._sessions if session.late]
+        waiting = iter(early)
+        await asyncio.gather(*(_connect_each(waiting) for _ in range(CONNECTS_AT_ONCE)))
         ready()
         if config.ask_on_connect:
             for session in early:
                 session.ask()
-        tasks = [asyncio.create_task(sweep(self._devices, stop)), asyncio.create_task(self._keep(gate, stop)), *late]
+        tasks = [asyncio.create_task(sweep(self._devices, stop)), asyncio.create_task(self._keep(stop)), *late]
         await stop.wait()
         for task in tasks:
             task.cancel()
@@ -85,19 +85,19 @@ class SimulatedFleet:
             self._devices.append(device)
         return session
 
-    async def _arrive(self, session: "_Session", gate: asyncio.Semaphore, stop: asyncio.Event) -> None:
+    async def _arrive(self, session: "_Session") -> None:
         name = next(iter(session.devices))
         await asyncio.sleep(self._config.late_seconds * chance(self._config.faults.seed, name, "late by"))
-        await session.connect(gate)
+        await session.connect()
         session.ask()
 
-    async def _keep(self, gate: asyncio.Semaphore, stop: asyncio.Event) -> None:
+    async def _keep(self, stop: asyncio.Event) -> None:
         """Bring lost connections back, each after a pause of its own; ping the quiet ones."""
         pinged = time.monotonic()
         while not stop.is_set():
             await asyncio.sleep(0.5)
-            lost = [session for session in self._sessions if session.lost and random.random() < 0.25]
-            results = await asyncio.gather(*(session.connect(gate) for session in lost), return_exceptions=True)
+            lost = [session for session in self._sessions if session.lost and random.random() < 0.25][:CONNECTS_AT_ONCE]
+            results = await asyncio.gather(*(session.connect() for session in lost), return_exceptions=True)
             for session, result in zip(lost, results, strict=True):
                 if result is None:
                     session.again()
@@ -118,18 +118,16 @@ class _Session:
         self._client_id = client_id
         self._wire: WireSession | None = None
 
-    async def connect(self, gate: asyncio.Semaphore) -> None:
+    async def connect(self) -> None:
         """Connect and subscribe. Raises OSError."""
         filters = [name for device_id in self.devices for name in filters_of(device_id)]
-        async with gate:
-            loop = asyncio.get_running_loop()
-            _, wire = await loop.create_connection(
-                lambda: WireSession(self._client_id, filters, self._receive, self._down),
-                self._broker.host,
-                self._broker.port,
-            )
-            async with asyncio.timeout(60):
-                await wire.ready
+        _, wire = await asyncio.get_running_loop().create_connection(
+            lambda: WireSession(self._client_id, filters, self._receive, self._down),
+            self._broker.host,
+            self._broker.port,
+        )
+        async with asyncio.timeout(60):
+            await wire.ready
         self._wire, self.lost = wire, False
 
     def publish(self, topic: str, payload: bytes) -> None:
@@ -165,6 +163,12 @@ class _Session:
     def _down(self) -> None:
         if self._wire is not None:
             self._wire, self.lost = None, True
+
+
+async def _connect_each(sessions: Iterator[_Session]) -> None:
+    """One of several that share the iterator: no more connections are being made at once than there are of these."""
+    for session in sessions:
+        await session.connect()
 
 
 def _allow_files(wanted: int) -> None:

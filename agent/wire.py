@@ -18,6 +18,8 @@ Received = Callable[[str, memoryview], None]
 
 
 def _length(size: int) -> bytes:
+    if size < 128:
+        return bytes((size,))
     encoded = bytearray()
     while True:
         size, low = divmod(size, 128)
