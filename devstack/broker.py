@@ -1,6 +1,7 @@
 """Which MQTT broker a stack runs, and the question whether it answers; asked in raw bytes, for any broker alike."""
 
 import asyncio
+import os
 import shutil
 from pathlib import Path
 from typing import Literal
@@ -20,10 +21,9 @@ _DISCONNECT = bytes([0xE0, 0])
 
 def mosquitto_binary() -> Path | None:
     """Mosquitto, also where an ordinary user's PATH has no sbin; None where it is not installed."""
-    found = shutil.which("mosquitto")
-    candidates = [Path(found)] if found else []
-    candidates += [Path("/usr/sbin/mosquitto"), Path("/usr/local/sbin/mosquitto")]
-    return next((path for path in candidates if path.exists()), None)
+    places = os.pathsep.join((os.environ.get("PATH", os.defpath), "/usr/sbin", "/usr/local/sbin"))
+    found = shutil.which("mosquitto", path=places)
+    return Path(found) if found else None
 
 
 def choose_broker(wanted: BrokerKind | None = None) -> BrokerKind:
