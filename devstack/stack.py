@@ -20,9 +20,6 @@ from pathlib import Path
 from typing import Any, Self
 from urllib.parse import urlsplit
 
-from temporalio.client import Client
-from temporalio.service import RPCError
-
 from devstack.artifacts import ArtifactServer
 from devstack.broker import BrokerKind, choose_broker
 from devstack.interface import Piece
@@ -32,11 +29,12 @@ from devstack.postgres import Postgres
 from devstack.services import Service
 from devstack.state import StateDirectory
 from devstack.supervisor import PieceEvent, Supervisor, log
-from devstack.temporal import TemporalServer, ensure_search_attributes
+from devstack.temporal import TemporalServer
 from firmware.keys import generate_private_key, save_private_key, save_public_key
-from models.errors import InvalidInputError, UnavailableError
+from models.errors import InvalidInputError
 from models.settings import Endpoints, Settings
 from store.engine import migrate
+from workflows.client import connect
 
 
 class EmbeddedStack:
@@ -127,7 +125,7 @@ class EmbeddedStack:
         self.endpoints = self._given_endpoints()
         await self._start(*self._engines())
         if self.settings.temporal_address:
-            await self._prepare_given_temporal(self.settings.temporal_address)
+            await connect(self.settings.temporal_address, self.settings.temporal_namespace)
         assert self.endpoints.database_url is not None
         await asyncio.to_thread(migrate, self.endpoints.database_url)
         await self._start(*(self._service(name) for name in self._services))
@@ -194,18 +192,6 @@ class EmbeddedStack:
             or f"mqtt://{self.endpoints.mqtt_host}:{self.endpoints.mqtt_port}",
         }
         return {name: str(value) for name, value in values.items() if value is not None}
-
-    async def _prepare_given_temporal(self, address: str) -> None:
-        try:
-            client = await Client.connect(address, namespace=self.settings.temporal_namespace)
-            await ensure_search_attributes(client)
-        except RPCError as error:
-            log.warning("cannot register search attributes", temporal=address, reason=str(error))
-        except RuntimeError as error:
-            raise UnavailableError(
-                f"cannot connect to Temporal at {address} (TIDEGATE_TEMPORAL_ADDRESS): {error}; "
-                "start it, or unset the variable to use the embedded one"
-            ) from error
 
 
 def _mqtt_endpoints(url: str) -> dict[str, Any]:

@@ -9,18 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-from temporalio.api.enums.v1 import IndexedValueType
-from temporalio.api.operatorservice.v1 import AddSearchAttributesRequest, ListSearchAttributesRequest
+from temporalio.api.operatorservice.v1 import ListSearchAttributesRequest
 from temporalio.client import Client
 from temporalio.service import RPCError
 
 from devstack.interface import Launch, Piece
 from devstack.state import StateDirectory
 from models.errors import UnavailableError
+from workflows.options import SEARCH_ATTRIBUTES
 
 NAMESPACE = "default"
-SEARCH_ATTRIBUTES = ("TidegateKind", "TidegateRelease", "TidegatePhase", "TidegateOutcome")
-"""Keyword attributes that workflows set; `workflows/options.py` gives them their meaning."""
 SQLITE_PRAGMAS = ("journal_mode=wal", "synchronous=normal")
 
 
@@ -57,7 +55,7 @@ class TemporalServer(Piece):
                 *("--port", str(self._port), "--ui-port", str(self._ui_port), "--ui-disable-news-fetch"),
                 *("--db-filename", str(database)),
                 *(part for pragma in SQLITE_PRAGMAS for part in ("--sqlite-pragma", pragma)),
-                *(part for name in SEARCH_ATTRIBUTES for part in ("--search-attribute", f"{name}=Keyword")),
+                *(part for key in SEARCH_ATTRIBUTES for part in ("--search-attribute", f"{key.name}=Keyword")),
             ),
         )
 
@@ -102,14 +100,4 @@ async def missing_search_attributes(client: Client) -> list[str]:
     answer = await client.operator_service.list_search_attributes(
         ListSearchAttributesRequest(namespace=client.namespace)
     )
-    return [name for name in SEARCH_ATTRIBUTES if name not in answer.custom_attributes]
-
-
-async def ensure_search_attributes(client: Client) -> None:
-    """Register our search attributes with a Temporal that is not ours. Raises RPCError where that is not allowed."""
-    missing = await missing_search_attributes(client)
-    if missing:
-        keyword = IndexedValueType.INDEXED_VALUE_TYPE_KEYWORD
-        await client.operator_service.add_search_attributes(
-            AddSearchAttributesRequest(namespace=client.namespace, search_attributes=dict.fromkeys(missing, keyword))
-        )
+    return [key.name for key in SEARCH_ATTRIBUTES if key.name not in answer.custom_attributes]

@@ -18,7 +18,7 @@ from devstack.postgres import Postgres, make_passable
 from devstack.stack import EmbeddedStack
 from devstack.state import PORTS, StateDirectory
 from devstack.supervisor import PieceEvent, Supervisor
-from devstack.temporal import SEARCH_ATTRIBUTES, missing_search_attributes
+from devstack.temporal import missing_search_attributes
 from models.errors import InvalidInputError, RefusedError, UnavailableError
 from models.settings import Endpoints, Settings
 
@@ -230,9 +230,3 @@ def test_a_remembered_port_is_used_again_unless_somebody_took_it(folder: Path) -
         other = StateDirectory(folder).port("mqtt")
     assert other != port
     assert StateDirectory(folder).port("mqtt") == other
-
-
-def test_the_search_attributes_are_those_that_workflows_set() -> None:
-    options = pytest.importorskip("workflows.options")
-    keys = {value.name for value in vars(options).values() if type(value).__name__ == "_SearchAttributeKey"}
-    assert not keys or keys == set(SEARCH_ATTRIBUTES)

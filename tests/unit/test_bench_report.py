@@ -1,0 +1,107 @@
+"""Figures against targets, and what a piece costs: a miss is said with by how much, and nothing that ran goes uncounted."""
+
+import asyncio
+import io
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from bench.report import COUNTED, complete, show
+from bench.sampling import Sampler, cpu_seconds, memory_bytes
+
+BURN = "import time\nend = time.process_time() + {}\nwhile time.process_time() < end: pass\n"
+
+
+def figures(**changes: Any) -> dict[str, Any]:
+    """What a run that met every target would give."""
+    pieces = dict.fromkeys(("gateway", "worker", "postgresql", "temporal", "broker", "simulator"), 0.3)
+    return {
+        "devices": 10_000,
+        "broker": "mosquitto",
+        "outcome": "succeeded",
+        "seconds": 15.0,
+        "devices_per_second": 666.0,
+        "cpu_seconds_per_1000": pieces,
+        "peak_memory_mib": pieces,
+        "history_events": 85,
+        "database_bytes_per_device": 1200.0,
+        "gate_to_next_wave_seconds": 0.2,
+        "admitted_after_crossing": 0,
+        "counted_minus_true": 0,
+        "devices_disagreeing": 0,
+        "others_share_of_machine": 0.0,
+        "timeline_seconds": {"canary": 1.0},
+    } | changes
+
+
+def shown(run: dict[str, Any]) -> str:
+    out = io.StringIO()
+    show(Console(file=out, width=120), [run])
+    return out.getvalue()
+
+
+def test_figures_that_meet_every_target_miss_nothing() -> None:
+    run = complete(figures())
+    assert run["missed"] == {}
+    assert "every target that applies at this size is met" in shown(run)
+
+
+@pytest.mark.parametrize(
+    ("changes", "name", "how"),
+    [
+        ({"devices_per_second": 400.0}, "devices_per_second", "by 100 devices/s (0.80 x)"),
+        ({"history_events": 300}, "history_events", "by 150 events (2.00 x)"),
+        ({"gate_to_next_wave_seconds": 0.75}, "gate_to_next_wave_seconds", "by 0.25 s (1.50 x)"),
+        ({"gate_to_next_wave_seconds": None}, "gate_to_next_wave_seconds", "not measured"),
+        ({"admitted_after_crossing": 2}, "admitted_after_crossing", "by 2"),
+        ({"admitted_after_crossing": None}, "admitted_after_crossing", "not measured"),
+        ({"counted_minus_true": 1}, "counted_minus_true", "by 1"),
+    ],
+)
+def test_a_missed_target_is_said_with_by_how_much(changes: dict[str, Any], name: str, how: str) -> None:
+    run = complete(figures(**changes))
+    assert run["missed"] == {name: how}
+    assert f"missed {name} {how}" in shown(run)
+
+
+def test_the_cpu_target_counts_what_tidegate_and_its_stores_use_and_not_broker_and_devices() -> None:
+    pieces = dict.fromkeys(COUNTED, 0.5) | {"broker": 50.0, "simulator": 50.0}
+    assert complete(figures(cpu_seconds_per_1000=pieces))["missed"] == {
+        "cpu_seconds_per_1000_counted": "by 0.5 CPU s (1.33 x)"
+    }
+
+
+def test_targets_of_speed_are_for_the_large_rollout_alone() -> None:
+    assert complete(figures(devices=500, devices_per_second=100.0))["missed"] == {}
+    assert "counted_minus_true" in complete(figures(devices=500, counted_minus_true=1))["missed"]
+
+
+def test_a_busy_neighbour_is_named() -> None:
+    assert "other programs used 70 %" in shown(complete(figures(others_share_of_machine=0.7)))
+
+
+def test_the_cpu_of_a_child_that_has_ended_is_counted() -> None:
+    code = f"import subprocess, sys\nsubprocess.run([sys.executable, '-c', {BURN.format(0.3)!r}])\nprint('done', flush=True)\ninput()"
+    parent = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert parent.stdout and parent.stdin
+    parent.stdout.readline()
+    assert cpu_seconds([parent.pid]) > 0.29
+    assert memory_bytes([parent.pid]) > 1024 * 1024
+    parent.communicate(b"\n")
+    assert cpu_seconds([parent.pid]) == 0
+    assert memory_bytes([parent.pid]) == 0
+
+
+async def test_a_sample_measures_what_happens_between_its_begin_and_its_end() -> None:
+    code = BURN.format(0.2) + "input()"
+    process = await asyncio.create_subprocess_exec(sys.executable, "-c", code, stdin=subprocess.PIPE)
+    async with Sampler(lambda: {"burner": [process.pid]}) as sampler:
+        while cpu_seconds([process.pid]) < 0.2:
+            await asyncio.sleep(0.01)
+    assert 0.1 < sampler.cpu["burner"] < 0.6
+    assert sampler.peak_mib["burner"] > 1
+    assert sampler.seconds > 0.1
+    await process.communicate(b"\n")
