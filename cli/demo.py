@@ -373,6 +373,9 @@ async def run_demo(config: DemoConfig, console: Console) -> dict[str, Any]:
     """Run the demo and return its summary; with `keep`, wait for Ctrl-C before everything stops."""
     config.state_dir.parent.mkdir(parents=True, exist_ok=True)
     clear(config.state_dir)
+    demo_task = asyncio.current_task()
+    assert demo_task is not None
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, demo_task.cancel)  # stops all of it in good order
     old, new = await asyncio.to_thread(demo_images, config.base, config.image, random.Random(config.seed))
     logs.configure("demo", Settings().model_copy(update={"log_level": "WARNING"}))
     console.print("starting PostgreSQL, Temporal, the MQTT broker, the artifact server, a worker and a gateway ...")

@@ -17,7 +17,7 @@ import pytest
 import pytest_asyncio
 
 from devstack.stack import EmbeddedStack
-from firmware.keys import save_public_key
+from firmware.keys import generate_private_key, save_public_key
 from models.rollout import Outcome, RolloutResult, StartRolloutInput
 from models.settings import Settings
 from store.engine import Database
@@ -45,10 +45,9 @@ async def roll_and_kill(stack: EmbeddedStack, tmp_path: Path, version: str, *vic
     """Roll `version` out to devices of their own, kill the victims in the second wave, and gather what was left."""
     db = Database(str(stack.endpoints.database_url))
     await db.open()
+    fleet: subprocess.Popen[bytes] | None = None
     try:
         name = "-".join(victims)
-        from firmware.keys import generate_private_key
-
         key = generate_private_key()
         await add_devices(db, DEVICES, name)
         await add_release(db, key, version, digest(version))
@@ -84,6 +83,9 @@ async def roll_and_kill(stack: EmbeddedStack, tmp_path: Path, version: str, *vic
             "version": version,
         }
     finally:
+        if fleet is not None and fleet.poll() is None:
+            fleet.kill()
+            fleet.wait()
         await db.close()
 
 
