@@ -1,21 +1,27 @@
 """`python worker.py`: runs workflows and activities until SIGTERM; add more of them to scale.
 
-Three task queues: workflows with short activities, dispatch (drivers of waves), artifacts (CPU-bound). All that matters
-is in PostgreSQL and Temporal: a worker may be killed at any moment.
+Three task queues: workflows with short activities; dispatch, for activities that last as long as a wave; artifacts, whose
+CPU-bound work runs in processes of its own (activities.delta_builder). All that matters is in PostgreSQL and Temporal: a
+worker may be killed at any moment, and another one goes on within the heartbeat timeout.
+
+It waits for what is not there yet (Temporal, PostgreSQL, the broker), saying so, and registers the search attributes.
 """
 
 import argparse
 import asyncio
+import os
 import signal
 import socket
 import sys
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from datetime import timedelta
-from os import getpid
-from typing import TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import structlog
 from temporalio.client import Client
+from temporalio.runtime import LoggingConfig, PrometheusConfig, Runtime, TelemetryConfig, TelemetryFilter
+from temporalio.service import RPCError
 from temporalio.worker import Worker
 
 from activities.artifact_store import ArtifactStore
@@ -38,33 +44,48 @@ log = structlog.get_logger("worker")
 
 GRACE = timedelta(seconds=10)
 """Time for activities to end after SIGTERM; drivers end within a beat."""
+
+STICKY = timedelta(seconds=2)
+"""How long a workflow's next task waits for the worker that has it in memory before any may take it: after a kill -9
+this is the delay. A replay of a few hundred events is cheap."""
+
+BEAT_THROTTLE = timedelta(seconds=2)
+"""Heartbeats reach the server at most this often, and with them a driver learns that it was cancelled."""
+
 RETRY_SECONDS = 1.0
 DRIVERS = 200
 """Waves driven at one time by one worker: each is one coroutine that mostly waits."""
+
 SHORT_ACTIVITIES = 50
 BUILDERS = 1
 """Rollouts whose deltas are built at one time: a build takes a core and 17 times the image in memory."""
+
+DATABASE_CONNECTIONS = 50
 
 T = TypeVar("T")
 
 
 async def _patiently(what: str, attempt: Callable[[], Awaitable[T]], stop: asyncio.Event) -> T | None:
-    """Try until it works; None when stopped before."""
+    """Try until it works; None when stopped before. Says what it waits for once, and again when the reason changes."""
+    said = ""
     while not stop.is_set():
         try:
             return await attempt()
         except UnavailableError as error:
-            log.warning(f"waiting for {what}", reason=str(error))
-            try:
+            if str(error) != said:
+                log.warning(f"waiting for {what}", reason=str(error))
+            said = str(error)
+            with suppress(TimeoutError):
                 await asyncio.wait_for(stop.wait(), RETRY_SECONDS)
-            except TimeoutError:
-                continue
     return None
 
 
 def workers(client: Client, rollouts: RolloutActivities, artifacts: ArtifactActivities) -> list[Worker]:
     """One worker per task queue."""
-    identity = f"{socket.gethostname()}/{getpid()}"
+    common: dict[str, Any] = {
+        "identity": f"{socket.gethostname()}/{os.getpid()}",
+        "graceful_shutdown_timeout": GRACE,
+    }
     light = Worker(
         client,
         task_queue=options.TASK_QUEUE,
@@ -79,26 +100,51 @@ def workers(client: Client, rollouts: RolloutActivities, artifacts: ArtifactActi
         ],
         workflow_runner=runner(),
         max_concurrent_activities=SHORT_ACTIVITIES,
-        graceful_shutdown_timeout=GRACE,
-        identity=identity,
+        sticky_queue_schedule_to_start_timeout=STICKY,
+        **common,
     )
     dispatch = Worker(
         client,
         task_queue=options.DISPATCH_QUEUE,
         activities=[rollouts.drive_wave, rollouts.finish_rollout],
         max_concurrent_activities=DRIVERS,
-        graceful_shutdown_timeout=GRACE,
-        identity=identity,
+        max_heartbeat_throttle_interval=BEAT_THROTTLE,
+        **common,
     )
     cpu = Worker(
         client,
         task_queue=options.ARTIFACTS_QUEUE,
         activities=[artifacts.build_delta, artifacts.prepare_artifacts],
         max_concurrent_activities=BUILDERS,
-        graceful_shutdown_timeout=GRACE,
-        identity=identity,
+        **common,
     )
     return [light, dispatch, cpu]
+
+
+def _runtime(settings: Settings) -> tuple[Runtime, int]:
+    """Temporal's runtime with a Prometheus endpoint of its own, and the port of that."""
+    port = settings.worker_temporal_metrics_port or _free_port(settings.metrics_host)
+    prometheus = PrometheusConfig(f"{settings.metrics_host}:{port}", durations_as_seconds=True)
+    quiet = LoggingConfig(filter=TelemetryFilter(core_level="WARN", other_level="ERROR"))
+    return Runtime(telemetry=TelemetryConfig(logging=quiet, metrics=prometheus)), port
+
+
+def _free_port(host: str) -> int:
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.bind((host, 0))
+        return int(probe.getsockname()[1])
+
+
+async def _register(client: Client) -> None:
+    """Search attributes, where the server lets us; where it does not, its operator adds them (docs/operations.md)."""
+    try:
+        added = await register_search_attributes(client)
+    except RPCError as error:
+        names = ", ".join(key.name for key in options.SEARCH_ATTRIBUTES)
+        log.warning("cannot register search attributes; they must exist as keywords", names=names, reason=str(error))
+    else:
+        if added:
+            log.info("registered search attributes", names=", ".join(added))
 
 
 async def serve(settings: Settings) -> None:
@@ -113,11 +159,12 @@ async def serve(settings: Settings) -> None:
         loop.add_signal_handler(number, stop.set)
     port = metrics.serve(settings.metrics_host, settings.worker_metrics_port)
     address, namespace = settings.temporal_address, settings.temporal_namespace
-    client = await _patiently("Temporal", lambda: connect(address, namespace), stop)
+    runtime, temporal_port = _runtime(settings)
+    client = await _patiently("Temporal", lambda: connect(address, namespace, runtime=runtime), stop)
     db = await _patiently("PostgreSQL", lambda: _open(settings), stop)
     publisher = await _patiently("the MQTT broker", lambda: Publisher.connect(settings), stop)
     if client and db and publisher:
-        await register_search_attributes(client)
+        await _register(client)
         store = RolloutStore(db)
         running = workers(
             client,
@@ -128,7 +175,13 @@ async def serve(settings: Settings) -> None:
             for worker in running:
                 group.create_task(worker.run())
             metrics.mark_ready("worker")
-            log.info("ready", metrics_port=port, temporal=address, queues=[worker.task_queue for worker in running])
+            log.info(
+                "ready",
+                metrics_port=port,
+                temporal_metrics_port=temporal_port,
+                temporal=address,
+                queues=[worker.task_queue for worker in running],
+            )
             await stop.wait()
             metrics.mark_ready("worker", False)
             for worker in running:
@@ -141,12 +194,12 @@ async def serve(settings: Settings) -> None:
 
 
 async def _open(settings: Settings) -> Database:
-    db = Database(str(settings.database_url), max_size=50)
+    db = Database(str(settings.database_url), max_size=DATABASE_CONNECTIONS)
     await db.open()
     return db
 
 
-def main() -> None:
+def main() -> NoReturn:
     """Entry point."""
     argparse.ArgumentParser(
         prog="python worker.py",
@@ -155,11 +208,21 @@ def main() -> None:
     ).parse_args()
     settings = Settings().with_endpoints()
     logs.configure("worker", settings)
+    status = 0
     try:
         asyncio.run(serve(settings))
     except TidegateError as error:
         log.error("worker stopped", error=str(error))
-        sys.exit(1)
+        status = 1
+    except Exception:
+        log.exception("worker stopped")
+        status = 1
+    # Not sys.exit: threads of Temporal's client can crash an interpreter that shuts down, and the exit status with it
+    # (temporalio/sdk-python issue 300). Everything that has to be closed is closed.
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(status)
 
 
 if __name__ == "__main__":

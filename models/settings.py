@@ -51,6 +51,9 @@ class Settings(BaseSettings):
     order_lifetime_seconds: int = Field(default=86400, ge=60, description="How long an order to one device is valid.")
     metrics_host: str = Field(default="127.0.0.1", description="Address of the Prometheus endpoints.")
     worker_metrics_port: int = Field(default=0, description="Port of the worker's metrics; 0 picks a free one.")
+    worker_temporal_metrics_port: int = Field(
+        default=0, description="Port of the Temporal client's own metrics in the worker; 0 picks a free one."
+    )
     gateway_metrics_port: int = Field(default=0, description="Port of the gateway's metrics; 0 picks a free one.")
     log_format: Literal["console", "json"] = Field(default="console", description="console or json.")
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field(default="INFO", description="Least level logged.")

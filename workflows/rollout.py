@@ -227,8 +227,7 @@ class RolloutWorkflow:
             await workflow.wait_condition(lambda: ready() or watch.done())
             return watch.result().verdict if watch.done() else None
         finally:
-            if not watch.done():
-                watch.cancel()
+            steps.let_go(watch)
 
     def _cut_short(self, error: BaseException) -> _End:
         state = self._state

@@ -85,6 +85,13 @@ def drive(asked: DriveWaveInput, wave_name: str) -> ActivityHandle[DriveWaveResu
     )
 
 
+def let_go(driver: ActivityHandle[DriveWaveResult]) -> None:
+    """Cancel a driver that is no longer needed, without waiting; what it still says is nobody's concern."""
+    if not driver.done():
+        driver.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
+        driver.cancel()
+
+
 async def close_wave(asked: CloseWaveInput) -> None:
     """Record a verdict that a person brought about."""
     await workflow.execute_activity_method(

@@ -72,8 +72,7 @@ class WaveWorkflow:
             pass
         finally:
             self._soak_until = None
-            if not watch.done():
-                watch.cancel()
+            steps.let_go(watch)
         return watch.result() if watch.done() and not watch.cancelled() else None
 
     async def _tell_parent(self, answered: DriveWaveResult) -> None:
