@@ -73,6 +73,7 @@ class Session:
     async def database(self) -> AsyncIterator[Database]:
         """PostgreSQL, for the length of the block."""
         url = _needed(self.settings.database_url, "PostgreSQL", "TIDEGATE_DATABASE_URL", self.settings)
+        await _knock(url)
         db = Database(url, max_size=4)
         await db.open(CONNECT_SECONDS)
         try:
@@ -106,6 +107,23 @@ def _needed(address: str | None, server: str, variable: str, settings: Settings)
             f"start the stack with 'starter.py up', name its directory with --state, or set {variable}"
         )
     return address
+
+
+async def _knock(url: str) -> None:
+    """One connection, because a pool tries again and again where a refusal is an answer already."""
+    try:
+        async with await psycopg.AsyncConnection.connect(url, connect_timeout=int(CONNECT_SECONDS)):
+            return
+    except psycopg.ProgrammingError as error:
+        raise InvalidInputError(
+            f"not an address of PostgreSQL: expected postgresql://user@host:port/name: {error}"
+        ) from error
+    except psycopg.OperationalError as error:
+        info = psycopg.conninfo.conninfo_to_dict(url)
+        raise UnavailableError(
+            f"cannot connect to PostgreSQL at {info.get('host')}:{info.get('port', 5432)}/{info.get('dbname')}: "
+            f"{_first_line(error)}; start the stack with 'starter.py up', or check TIDEGATE_DATABASE_URL"
+        ) from error
 
 
 def whoami() -> str:
@@ -194,7 +212,7 @@ def run_safely(work: Callable[[], Awaitable[ExitStatus | None]], out: Output, de
 
 def message_of(error: Exception) -> str:
     """What to tell a person about an error, ours or a library's."""
-    first = (str(error).strip() or type(error).__name__).splitlines()[0]
+    first = _first_line(error)
     match error:
         case TidegateError():
             return str(error)
@@ -206,6 +224,10 @@ def message_of(error: Exception) -> str:
             return f"Temporal does not answer: {first}; start the stack with 'starter.py up', or check TIDEGATE_TEMPORAL_ADDRESS"
         case _:
             return f"unexpected {type(error).__name__}: {first}; --debug shows where"
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _take_signature(run: Callable[..., None], work: Callable[..., Any]) -> None:

@@ -47,7 +47,7 @@ def why_here(execution: ExecutionView, rollout: RolloutView, now: datetime) -> s
 
 def _why_pending(execution: ExecutionView, rollout: RolloutView) -> str:
     if rollout.phase in (Phase.HOLDING, Phase.WAITING_APPROVAL, Phase.PAUSED):
-        return f"its wave {execution.wave} ({execution.wave_name}) is not open; the rollout is {rollout.phase}: {rollout.reason}"
+        return f"its wave {execution.wave} ({execution.wave_name}) is not open; {rollout.reason or rollout.phase}"
     running = next((wave for wave in reversed(rollout.waves) if wave.status is WaveStatus.OPEN), None)
     before = f"; wave {running.wave} ({running.name}) is {rollout.phase}" if running else ""
     return f"its wave {execution.wave} ({execution.wave_name}) is not open yet{before}"

@@ -90,7 +90,7 @@ async def start(
         planned = await watch.until_planned(PLAN_PATIENCE_SECONDS)
         if isinstance(planned, RolloutResult) and not wait:
             raise RefusedError(planned.reason)
-        _tell_started(session, asked, planned if isinstance(planned, Snapshot) else None)
+        _tell_started(session, asked, planned if isinstance(planned, Snapshot) else None, wait)
         if not wait:
             await watch.close()
             return ExitStatus.SUCCEEDED
@@ -288,7 +288,7 @@ async def _refuse_known(db: Database, name: str) -> None:
         )
 
 
-def _tell_started(session: Session, spec: RolloutSpec, planned: Snapshot | None) -> None:
+def _tell_started(session: Session, spec: RolloutSpec, planned: Snapshot | None, waits: bool) -> None:
     workflow_id = rollout_workflow_id(spec.name)
     link = session.ui_link(workflow_id)
     waves = planned.view.waves if planned else ()
@@ -303,7 +303,8 @@ def _tell_started(session: Session, spec: RolloutSpec, planned: Snapshot | None)
     sizes = ", ".join(f"{wave.name} {wave.target_count}" for wave in waves)
     plan = f"{planned.view.devices} devices in {len(waves)} waves: {sizes}" if planned else "being planned"
     pairs = [("rollout", spec.name), ("release", spec.release), ("plan", plan), ("UI", link)]
-    session.out.result(made, facts([*pairs, ("watch", f"rollout watch {spec.name}")]))
+    hint = ("watch", f"rollout watch {spec.name}")
+    session.out.result(made, [facts(pairs), ""] if waits else facts([*pairs, hint]))
     if planned is None:
         session.out.say(
             f"no plan within {PLAN_PATIENCE_SECONDS:.0f} s; a large fleet takes longer, but is a worker running?"

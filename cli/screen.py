@@ -91,11 +91,15 @@ class Snapshot:
 
 @dataclass(frozen=True)
 class GateDistance:
-    """How far a wave is from being halted: `boundary` failures at this many finished; `failures_left` in a row."""
+    """How far a wave is from being halted.
+
+    `boundary`: failures at which it halts with so many devices exposed. `failures_left`: further failures, without a
+    success between them, that halt it: of devices that update now first, then of others.
+    """
 
     wave: int
     failed: int
-    finished: int
+    exposed: int
     boundary: float
     failures_left: int
     tripped: bool
@@ -103,15 +107,18 @@ class GateDistance:
 
 def gate_distance(wave: WaveProgress, gate: GateSpec) -> GateDistance:
     """The wave's evidence against the boundary of its breaker."""
-    breaker = breaker_of(gate)
-    failed, finished = wave.counts.gate_failed, wave.counts.exposed
-    missing = breaker.halt_threshold - breaker.evidence(failed, finished)
+    breaker, counts = breaker_of(gate), wave.counts
+    missing = breaker.halt_threshold - breaker.evidence(counts.gate_failed, counts.exposed)
+    updating = breaker.failure_weight - breaker.success_weight  # it counts as not failed until it fails
+    left = math.ceil(missing / updating)
+    if left > counts.in_progress:
+        left = counts.in_progress + math.ceil((missing - counts.in_progress * updating) / breaker.failure_weight)
     return GateDistance(
         wave=wave.wave,
-        failed=failed,
-        finished=finished,
-        boundary=round(breaker.boundary(finished), 2),
-        failures_left=0 if wave.tripped else max(0, math.ceil(missing / (breaker.failure_weight - breaker.success_weight))),
+        failed=counts.gate_failed,
+        exposed=counts.exposed,
+        boundary=round(breaker.boundary(counts.exposed), 2),
+        failures_left=0 if wave.tripped else max(0, left),
         tripped=wave.tripped,
     )
 
@@ -202,7 +209,7 @@ def _gate_cell(wave: WaveProgress, gate: GateSpec) -> Text:
     if wave.verdict is Verdict.PROMOTE:
         return Text("promoted", style="green")
     if wave.verdict is not None and wave.verdict is not Verdict.CONTINUE:
-        return Text(str(wave.verdict), style="yellow")
+        return Text(str(wave.verdict), style="red" if wave.verdict is Verdict.HALT else "yellow")
     if wave.opened_at is None:
         return Text("not open", style="dim")
     style = "red" if distance.failures_left <= 1 else "yellow" if distance.failed else ""
@@ -221,7 +228,7 @@ def _figures(snapshot: Snapshot) -> list[tuple[str, object]]:
         ("failures", ", ".join(f"{kind} {count}" for kind, count in view.failures.items())),
         ("soak", f"{rough(soak - snapshot.at)} left, until {when(soak)}" if soak else ""),
         ("waits for", waiting),
-        ("reason", snapshot.reason),
+        ("reason", "" if snapshot.reason == snapshot.waiting_for else snapshot.reason),
     ]
 
 
@@ -254,8 +261,9 @@ def _event_lines(events: tuple[EventView, ...]) -> Text:
 
 def event_text(event: EventView) -> str:
     """An event in a line; who did it where it was a person."""
+    waits = "waits for " if event.kind == Phase.WAITING_APPROVAL else ""
     by = "" if event.actor in ("tidegate", "workflow") or event.actor in event.text else f" ({event.actor})"
-    return f"{event.text or event.kind}{by}"
+    return f"{waits}{event.text or event.kind}{by}"
 
 
 def _failures(counts: WaveCounts) -> int:

@@ -6,6 +6,7 @@ that must be ordered) is told in the same run as a misspelt key elsewhere.
 
 import copy
 import datetime
+import re
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ MAX_SPEC_BYTES = 4 * 1024 * 1024
 """Room for a target that names 100,000 devices."""
 MAX_NODES = 250_000
 """Aliases can make a short document mean an endless one."""
+MAX_BRACKETS = 50
 
 
 def load_spec(path: Path) -> RolloutSpec:
@@ -58,6 +60,8 @@ def parse_spec(data: bytes, source: str) -> RolloutSpec:
 def _document(data: bytes, source: str) -> CommentedMap:
     if len(data) > MAX_SPEC_BYTES:
         raise SpecError(source, [Mistake("(document)", f"{len(data)} bytes, expected at most {MAX_SPEC_BYTES}")])
+    if _brackets(data) > MAX_BRACKETS:  # the reader would take a quarter of a minute to say so
+        raise SpecError(source, [Mistake("(document)", f"brackets nested deeper than {MAX_BRACKETS}")])
     try:
         document = YAML(typ="rt").load(data.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
@@ -79,6 +83,15 @@ def _document(data: bytes, source: str) -> CommentedMap:
         found = "nothing" if document is None else type(document).__name__.replace("CommentedSeq", "a list")
         raise SpecError(source, [Mistake("(document)", f"expected keys and values as in 'name: ...', got {found}", 1)])
     return document
+
+
+def _brackets(data: bytes) -> int:
+    """How deep brackets are nested, those in text and comments included."""
+    depth = deepest = 0
+    for bracket in re.findall(rb"[\[{\]}]", data):
+        depth += 1 if bracket in b"[{" else -1
+        deepest = max(deepest, depth)
+    return deepest
 
 
 def _yaml_problem(error: MarkedYAMLError) -> str:

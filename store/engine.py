@@ -8,19 +8,20 @@ async with db.pool.connection() as connection: ...
 """
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import alembic.command
-import alembic.config
 import orjson
 import psycopg
 import psycopg.types.json
 from psycopg import AsyncConnection
 from psycopg_pool import AsyncConnectionPool, PoolTimeout
-from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
 
 from models.errors import UnavailableError
 
 psycopg.types.json.set_json_loads(orjson.loads)
+
+if TYPE_CHECKING:  # SQLAlchemy and Alembic are half of what a command costs to start; few need them
+    from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
 
 MIGRATIONS = Path(__file__).parent.parent / "migrations"
 
@@ -32,6 +33,9 @@ def sqlalchemy_url(url: str) -> str:
 
 def migrate(url: str, revision: str = "head") -> None:
     """Bring the schema of the database at `url` to `revision`. Runs twice without harm; synchronous."""
+    import alembic.command
+    import alembic.config
+
     config = alembic.config.Config()
     config.set_main_option("script_location", str(MIGRATIONS))
     config.attributes["url"] = sqlalchemy_url(url)
@@ -61,8 +65,10 @@ class Database:
             ) from error
 
     @property
-    def sessions(self) -> async_sessionmaker[AsyncSession]:
+    def sessions(self) -> "async_sessionmaker[AsyncSession]":
         """Sessions of SQLAlchemy for registry queries; the engine is made on first use."""
+        from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
+
         if self._engine is None:
             self._engine = create_async_engine(sqlalchemy_url(self.url), pool_pre_ping=True)
         return async_sessionmaker(self._engine, expire_on_commit=False)
