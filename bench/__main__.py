@@ -9,6 +9,7 @@ it depends on the machine.
 
 import argparse
 import asyncio
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,8 @@ from observe import logs
 SIZES = (500, 2_000, 10_000)
 
 
-def main() -> None:
-    """Entry point."""
+def main() -> int:
+    """Run what the arguments say; the exit status."""
     options = _parser().parse_args()
     logs.configure("bench", Settings().model_copy(update={"log_level": "WARNING"}))
     console = Console()
@@ -40,13 +41,14 @@ def main() -> None:
         try:
             figures = complete(asyncio.run(run(config)))
         except TidegateError as error:
-            sys.exit(f"bench: {error}")
+            print(f"bench: {error}", file=sys.stderr)
+            return 1
         except (KeyboardInterrupt, asyncio.CancelledError):
-            sys.exit(130)
+            return 130
         runs.append(figures)
         _save(options, devices, figures)
     show(console, runs)
-    sys.exit(0 if all(map(is_right, runs)) else 1)
+    return 0 if all(map(is_right, runs)) else 1
 
 
 def is_right(figures: dict[str, Any]) -> bool:
@@ -71,21 +73,38 @@ def _save(options: argparse.Namespace, devices: int, figures: dict[str, Any]) ->
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m bench", description="Measured rollouts of simulated devices.")
     commands = parser.add_subparsers(dest="command", required=True)
-    one = commands.add_parser("rollout", help="one rollout in three waves")
+    one = commands.add_parser("rollout", help="one rollout", description="One rollout in three waves.")
     one.add_argument("--devices", type=int, required=True, metavar="N", help="size of the fleet")
     one.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
-    every = commands.add_parser("all", help="rollouts of " + ", ".join(f"{size:,}" for size in SIZES) + " devices")
-    every.add_argument("--folder", type=Path, default=Path("bench-results"), help="write a file per rollout there")
+    sizes = ", ".join(f"{size:,}" for size in SIZES)
+    every = commands.add_parser("all", help="all sizes", description=f"Rollouts of {sizes} devices.")
+    every.add_argument(
+        "--folder",
+        type=Path,
+        default=Path("bench-results"),
+        metavar="DIR",
+        help="write a file per rollout there (%(default)s)",
+    )
     for command in (one, every):
         command.add_argument(
-            "--failures", default="fail=1%,crash=1%", help="shares of failing devices (fail=1%%,crash=1%%)"
+            "--failures",
+            default="fail=1%,crash=1%",
+            metavar="SHARES",
+            help="shares of failing devices (fail=1%%,crash=1%%)",
         )
         command.add_argument("--seed", type=int, default=1, help="which devices fail (%(default)s)")
-        command.add_argument("--broker", choices=("mosquitto", "nats"), help="(mosquitto where it is installed)")
+        command.add_argument(
+            "--broker", choices=("mosquitto", "nats"), help="MQTT broker (mosquitto where it is installed)"
+        )
         command.add_argument("--connections", type=int, metavar="K", help="devices share K connections (one each)")
-        command.add_argument("--in-flight", type=int, default=IN_FLIGHT, help="devices at one moment (%(default)s)")
+        command.add_argument(
+            "--in-flight", type=int, default=IN_FLIGHT, metavar="N", help="devices at one moment (%(default)s)"
+        )
     return parser
 
 
 if __name__ == "__main__":
-    main()
+    status = main()
+    sys.stdout.flush()
+    # Threads of Temporal's client outlive the event loop and now and then crash the interpreter's own shutdown.
+    os._exit(status)

@@ -17,6 +17,11 @@ COMMANDS = {
     "worker": (sys.executable, str(ROOT / "worker.py")),
     "gateway": (sys.executable, "-m", "gateway"),
 }
+METRICS_PORTS = {
+    "worker": {"worker": "worker_metrics_port", "worker-temporal": "worker_temporal_metrics_port"},
+    "gateway": {"gateway": "gateway_metrics_port"},
+}
+"""By process: what `endpoints.json` calls its metrics, and the setting that holds the port. Its own come first."""
 READY_SECONDS = 60.0
 STOP_SECONDS = 30.0
 """Longer than the worker's own time for activities to end."""
@@ -36,17 +41,18 @@ class Service(Piece):
         self._state = state
         self._settings = settings
         self._environment = environment
-        self._port = 0
+        self._ports: dict[str, int] = {}
 
     def prepare(self) -> None:
-        """Choose the port of its metrics."""
-        wanted: int = getattr(self._settings, f"{self.name}_metrics_port")
-        self._port = wanted or self._state.port(f"{self.name}-metrics")
+        """Choose the ports of its metrics."""
+        wanted = {what: getattr(self._settings, setting) for what, setting in METRICS_PORTS[self.name].items()}
+        self._ports = {what: port or self._state.port(f"{what}-metrics") for what, port in wanted.items()}
 
     def launch(self) -> Launch:
         """The program, with the addresses of the stack in its environment."""
-        port = {f"TIDEGATE_{self.name.upper()}_METRICS_PORT": str(self._port)}
-        return Launch(command=COMMANDS[self.name], environment=self._environment() | port, stop_seconds=STOP_SECONDS)
+        settings = METRICS_PORTS[self.name]
+        ports = {f"TIDEGATE_{settings[what].upper()}": str(port) for what, port in self._ports.items()}
+        return Launch(command=COMMANDS[self.name], environment=self._environment() | ports, stop_seconds=STOP_SECONDS)
 
     async def answers(self) -> bool:
         """Whether it serves metrics that say it is ready."""
@@ -60,7 +66,10 @@ class Service(Piece):
     @property
     def metrics_url(self) -> str:
         """Where Prometheus reads it."""
-        return f"http://{self._settings.metrics_host}:{self._port}/metrics"
+        return self._url(self._ports.get(self.name, 0))
+
+    def _url(self, port: int) -> str:
+        return f"http://{self._settings.metrics_host}:{port}/metrics"
 
     @property
     def address(self) -> str:
@@ -69,4 +78,4 @@ class Service(Piece):
 
     def endpoints(self) -> dict[str, Any]:
         """Its metrics."""
-        return {"metrics": {self.name: self.metrics_url}}
+        return {"metrics": {what: self._url(port) for what, port in self._ports.items()}}

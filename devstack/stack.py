@@ -109,6 +109,7 @@ class EmbeddedStack:
         """Start a piece again, or a worker or gateway that was left out; returns when it answers."""
         if name in ("worker", "gateway") and name not in {piece.name for piece in self.supervisor.pieces}:
             await self._start(self._service(name))
+            self.state.write_endpoints(self.endpoints)
         else:
             await self.supervisor.start_again(name)
 
