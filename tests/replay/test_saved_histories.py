@@ -1,0 +1,61 @@
+"""Every saved history replays on today's workflows; a workflow that asks in another order does not."""
+
+from pathlib import Path
+
+import pytest
+from temporalio import workflow
+from temporalio.client import WorkflowHistory
+from temporalio.contrib.pydantic import pydantic_data_converter
+from temporalio.worker import Replayer
+
+from models.rollout import RunWaveInput, RunWaveResult, StartRolloutInput
+from workflows.rollout import RolloutWorkflow
+from workflows.sandbox import runner
+from workflows.wave import WaveWorkflow
+
+HISTORIES = Path(__file__).parent / "histories"
+SAVED = sorted(HISTORIES.glob("*/*.json"))
+
+
+def replayer(*workflows: type) -> Replayer:
+    return Replayer(workflows=list(workflows), workflow_runner=runner(), data_converter=pydantic_data_converter)
+
+
+def history(path: Path) -> WorkflowHistory:
+    return WorkflowHistory.from_json(f"saved:{path.stem}", path.read_text())
+
+
+def test_there_are_histories_of_both_workflows_for_every_way_to_end() -> None:
+    names = {path.stem.removeprefix("0.1.0-") for path in SAVED if path.parent.name == "RolloutWorkflow"}
+    assert names >= {"success", "no-soak", "halted", "halted-in-soak", "held-promoted", "paused", "aborted", "refused"}
+    assert sum(path.parent.name == "WaveWorkflow" for path in SAVED) >= 8
+
+
+@pytest.mark.parametrize("path", SAVED, ids=lambda path: f"{path.parent.name}/{path.stem}")
+async def test_a_saved_history_replays(path: Path) -> None:
+    await replayer(RolloutWorkflow, WaveWorkflow).replay_workflow(history(path))
+
+
+@workflow.defn(name="WaveWorkflow", sandboxed=False)
+class SleepyWave:
+    """A wave that was changed to wait before it drives: what a deployment must not do to one that runs."""
+
+    @workflow.run
+    async def run(self, asked: RunWaveInput) -> RunWaveResult:
+        await workflow.sleep(1)
+        raise NotImplementedError
+
+
+@workflow.defn(name="RolloutWorkflow", sandboxed=False)
+class SleepyRollout:
+    """The same of a rollout."""
+
+    @workflow.run
+    async def run(self, asked: StartRolloutInput) -> None:
+        await workflow.sleep(1)
+
+
+@pytest.mark.parametrize("path", SAVED, ids=lambda path: f"{path.parent.name}/{path.stem}")
+async def test_a_changed_order_of_steps_does_not_replay(path: Path) -> None:
+    with pytest.raises(workflow.NondeterminismError):
+        await replayer(SleepyRollout, SleepyWave).replay_workflow(history(path))
