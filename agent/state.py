@@ -13,7 +13,8 @@ from typing import Any
 from agent.errors import RecordError
 from agent.records import decode_record, encode_record
 from agent.storage import Storage, replace_durably
-from firmware.manifest import Order, attempt_key
+from firmware.manifest import attempt_key
+from firmware.verify import VerifiedUpdate
 
 STATE_NAME = "device.json"
 STATE_KIND = "device"
@@ -56,21 +57,24 @@ class Ended:
 
 @dataclass(frozen=True, slots=True)
 class DeviceState:
-    """`finished`: by job, the last attempt that has ended."""
+    """`finished`: by job, the last attempt that has ended. `downloads`: digests of which parts may lie in storage."""
 
     finished: Mapping[str, Ended] = field(default_factory=dict)
     latest_known_time: int = 0
     update: Update | None = None
+    downloads: tuple[str, ...] = ()
 
     @property
     def finished_orders(self) -> frozenset[str]:
         """For `DeviceFacts`: earlier attempts of the same job count as ended with the last one."""
         return frozenset(attempt_key(job_id, ended.attempt) for job_id, ended in self.finished.items())
 
-    def begun(self, order: Order, version: str, sha256: str, latest_known_time: int) -> "DeviceState":
-        """The state once an order has been verified and accepted."""
-        update = Update(order.job_id, order.attempt, order.key, order.expires_at, version, sha256)
-        return replace(self, update=update, latest_known_time=max(self.latest_known_time, latest_known_time))
+    def begun(self, verified: VerifiedUpdate) -> "DeviceState":
+        """The state once an update has been verified and accepted."""
+        order, release = verified.order, verified.release
+        update = Update(order.job_id, order.attempt, order.key, order.expires_at, release.version, release.sha256)
+        latest = max(self.latest_known_time, verified.latest_known_time)
+        return replace(self, update=update, latest_known_time=latest, downloads=artifacts_of(verified))
 
     def ended(self) -> "DeviceState":
         """The state without its update; the attempt never starts again."""
@@ -82,6 +86,11 @@ class DeviceState:
         if len(finished) > MAX_FINISHED:
             finished = dict(sorted(finished.items(), key=lambda item: item[1].expires_at)[-MAX_FINISHED:])
         return replace(self, finished=finished, update=None)
+
+
+def artifacts_of(verified: VerifiedUpdate) -> tuple[str, ...]:
+    """Digests of what may be downloaded for an update."""
+    return (verified.full.sha256, *(offer.sha256 for offer in verified.deltas))
 
 
 class StateStore:
@@ -107,7 +116,7 @@ class StateStore:
         update = fields.pop("update")
         finished = {job: Ended(**entry) for job, entry in fields.pop("finished").items()}
         return DeviceState(
-            **fields,
+            **fields | {"downloads": tuple(fields.get("downloads", ()))},
             finished=finished,
             update=Update(**{**update, "phase": Phase(update["phase"])}) if update else None,
         )

@@ -22,7 +22,7 @@ from agent.download import Downloader
 from agent.errors import FlashError, UpdateError
 from agent.jobs import Answer, Execution, Reports, failure_details
 from agent.slots import Slot, Slots
-from agent.state import DeviceState, Phase, StateStore, Update
+from agent.state import DeviceState, Phase, StateStore, Update, artifacts_of
 from agent.storage import Storage
 from firmware.delta import CODECS
 from firmware.errors import FirmwareError
@@ -147,8 +147,10 @@ class Updater:
         return verify_update(document, self._identity.keys, facts, int(self._clock()), job_id=execution.job_id)
 
     async def _work(self, verified: VerifiedUpdate, reports: Reports) -> Leg:
-        release, order = verified.release, verified.order
-        self._store.put(self._store.state.begun(order, release.version, release.sha256, verified.latest_known_time))
+        release = verified.release
+        for stale in set(self._store.state.downloads).difference(artifacts_of(verified)):
+            self._downloader.forget(stale)  # before the state forgets that they are there
+        self._store.put(self._store.state.begun(verified))
         if release.sha256 == self._boot.sha256:
             self._succeed(self._update())
             return await self._report(reports)
@@ -278,7 +280,7 @@ class Updater:
             self._store.state = state
 
     def _tidy(self, verified: VerifiedUpdate) -> None:
-        for sha256 in (verified.full.sha256, *(offer.sha256 for offer in verified.deltas)):
+        for sha256 in artifacts_of(verified):
             self._downloader.forget(sha256)
 
     def _update(self) -> Update:

@@ -17,6 +17,11 @@ from typing import Any
 import aiomqtt
 import httpx
 import orjson
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+from uvicorn import Config, Server
 
 from agent.client import Broker, JobsClient, Patience
 from agent.errors import RejectedError, UnansweredError
@@ -261,3 +266,21 @@ class StandInGateway:
             kind, answer = self.jobs.answer(request.thing, request.job_id, request.verb, body)
             answer |= {"clientToken": body.get("clientToken")}
             await client.publish(f"{topic}/{kind}", orjson.dumps(answer))
+
+
+@contextlib.asynccontextmanager
+async def serving_artifacts(port: int) -> AsyncIterator[Publisher]:
+    """A publisher whose artifacts are served over HTTP on loopback."""
+    publisher = Publisher(f"http://127.0.0.1:{port}")
+
+    async def artifact(request: Request) -> Response:
+        data = publisher.artifacts.get(request.path_params["digest"])
+        return Response(status_code=404) if data is None else Response(data)
+
+    server = Server(Config(Starlette(routes=[Route("/artifacts/{digest}", artifact)]), port=port, log_level="error"))
+    task = asyncio.create_task(server.serve())
+    try:
+        yield publisher
+    finally:
+        server.should_exit = True
+        await task

@@ -11,11 +11,6 @@ from pathlib import Path
 
 import pytest
 import pytest_asyncio
-from starlette.applications import Starlette
-from starlette.requests import Request
-from starlette.responses import Response
-from starlette.routing import Route
-from uvicorn import Config, Server
 
 from agent.client import Broker as Address
 from agent.client import Patience
@@ -25,7 +20,7 @@ from agent.fleet import FleetConfig, FleetDevice, FleetReport, read_devices, run
 from agent.slots import TRIES
 from firmware.keys import save_public_key
 from models.errors import InvalidInputError
-from tests.agent_standin import FINAL, Publisher, StandInGateway, StandInJobs, sha256
+from tests.agent_standin import FINAL, Publisher, StandInGateway, StandInJobs, serving_artifacts, sha256
 from tests.conftest import Broker, free_port
 
 BASE = random.Random(60).randbytes(30_000)
@@ -77,19 +72,10 @@ class Plant:
 
 @pytest_asyncio.fixture
 async def plant(broker: Broker) -> AsyncIterator[Plant]:
-    port = free_port()
-    publisher = Publisher(f"http://127.0.0.1:{port}")
-
-    async def artifact(request: Request) -> Response:
-        return Response(publisher.artifacts[request.path_params["digest"]])
-
-    server = Server(Config(Starlette(routes=[Route("/artifacts/{digest}", artifact)]), port=port, log_level="error"))
-    serving = asyncio.create_task(server.serve())
-    plant = Plant(publisher, broker)
-    async with plant.gateway.running():
-        yield plant
-    server.should_exit = True
-    await serving
+    async with serving_artifacts(free_port()) as publisher:
+        plant = Plant(publisher, broker)
+        async with plant.gateway.running():
+            yield plant
 
 
 def check_fates(plant: Plant, report: FleetReport) -> None:

@@ -11,17 +11,12 @@ from pathlib import Path
 
 import pytest
 import pytest_asyncio
-from starlette.applications import Starlette
-from starlette.requests import Request
-from starlette.responses import Response
-from starlette.routing import Route
-from uvicorn import Config, Server
 
 from agent.image import Behaviour, declared_image
 from agent.slots import BootRecord, Slots
 from agent.storage import PosixStorage
 from firmware.keys import save_public_key
-from tests.agent_standin import FINAL, Job, Publisher, StandInGateway, StandInJobs, sha256
+from tests.agent_standin import FINAL, Job, Publisher, StandInGateway, StandInJobs, serving_artifacts, sha256
 from tests.conftest import Broker, free_port
 
 THING = "motor-7"
@@ -104,22 +99,12 @@ class Rig:
 
 @pytest_asyncio.fixture
 async def rig(tmp_path: Path, broker: Broker) -> AsyncIterator[Rig]:
-    port = free_port()
-    publisher = Publisher(f"http://127.0.0.1:{port}")
-
-    async def artifact(request: Request) -> Response:
-        data = publisher.artifacts.get(request.path_params["digest"])
-        return Response(status_code=404) if data is None else Response(data)
-
-    server = Server(Config(Starlette(routes=[Route("/artifacts/{digest}", artifact)]), port=port, log_level="error"))
-    serving = asyncio.create_task(server.serve())
-    rig = Rig(tmp_path, broker, publisher)
-    async with rig.gateway.running():
-        yield rig
-        if rig.process is not None and rig.process.returncode is None:
-            await rig.end(signal.SIGKILL)
-    server.should_exit = True
-    await serving
+    async with serving_artifacts(free_port()) as publisher:
+        rig = Rig(tmp_path, broker, publisher)
+        async with rig.gateway.running():
+            yield rig
+            if rig.process is not None and rig.process.returncode is None:
+                await rig.end(signal.SIGKILL)
 
 
 @pytest.mark.parametrize("protocol", ["3.1.1", "5"])
@@ -138,7 +123,7 @@ async def test_a_device_updates_itself_and_says_what_runs(rig: Rig, protocol: st
     assert await rig.end() == 0
 
 
-@pytest.mark.parametrize("step", ["downloading", "downloaded", "installing", "rebooting", "confirming"])
+@pytest.mark.parametrize("step", ["downloading", "installing", "confirming"])
 async def test_kill_9_at_any_step_ends_in_a_successful_update_all_the_same(rig: Rig, step: str) -> None:
     new = image("1.3.0")
     rig.jobs.queue(THING, "job", rig.publisher.publish(new, "1.3.0", bases=(OLD,)), attempts=3)

@@ -351,3 +351,16 @@ async def test_bit_rot_in_the_active_slot_brings_the_other_confirmed_image_back(
     assert image is not None
     bench.flash.write("slots/b.img", image[:-1] + b"?")
     assert bench.boot().sha256 == sha256(OLD)
+
+
+async def test_parts_of_an_update_that_was_given_up_make_room_for_the_next(http: httpx.AsyncClient) -> None:
+    bench = Bench()
+    bench.jobs.queue(THING, "one", PUBLISHER.publish(OTHER, "1.2.9"))
+    PUBLISHER.artifacts[sha256(OTHER)] = OTHER[:700]
+    await bench.update(http)
+    part = f"download/{sha256(OTHER)}.part"
+    bench.flash.write(part, OTHER[:700])  # what a connection that broke leaves behind
+    bench.jobs.queue(THING, "two", PUBLISHER.publish(NEW, "1.3.0"))
+    await bench.update(http)
+    assert bench.last["sha256"] == sha256(NEW)
+    assert bench.flash.size(part) is None
