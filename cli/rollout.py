@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from temporalio.client import WorkflowUpdateFailedError
+from temporalio.client import WorkflowUpdateFailedError, WorkflowUpdateRPCTimeoutOrCancelledError
 from temporalio.exceptions import ApplicationError, WorkflowAlreadyStartedError
 from temporalio.service import RPCError, RPCStatusCode
 
@@ -17,7 +17,7 @@ from cli.explain import why_here, why_not_in
 from cli.output import ExitStatus, as_dict, facts, table, when
 from cli.screen import Snapshot, current_wave, event_text, object_of, screen, specification
 from cli.spec import load_spec, parse_spec
-from cli.watch import Handle, Watch, follow, temporal_if_there
+from cli.watch import Handle, Watch, follow, tell_unplanned, temporal_if_there
 from models.errors import ConflictError, InvalidInputError, NotFoundError, RefusedError, UnavailableError
 from models.ids import rollout_workflow_id
 from models.protocol import ExecutionState
@@ -88,9 +88,9 @@ async def start(
             ) from error
         watch = Watch(session, db, asked.name, client)
         planned = await watch.until_planned(PLAN_PATIENCE_SECONDS)
-        if isinstance(planned, RolloutResult) and not wait:
-            raise RefusedError(planned.reason)
-        _tell_started(session, asked, planned if isinstance(planned, Snapshot) else None, wait)
+        if isinstance(planned, RolloutResult):
+            return tell_unplanned(session.out, planned)
+        _tell_started(session, asked, planned, wait)
         if not wait:
             await watch.close()
             return ExitStatus.SUCCEEDED
@@ -324,7 +324,7 @@ async def _steer(session: Session, name: str, send: "Any") -> None:
         if error.status is not RPCStatusCode.NOT_FOUND:
             raise
         raise await _not_running(session, name) from error
-    except TimeoutError as error:
+    except (TimeoutError, WorkflowUpdateRPCTimeoutOrCancelledError) as error:
         raise UnavailableError(
             f"no worker has taken the request to rollout {name} within {ANSWER_SECONDS:.0f} s, and whether it takes "
             "effect later is not known; start a worker ('starter.py up'), then look at 'rollout show'"

@@ -19,7 +19,7 @@ from temporalio.exceptions import TemporalError
 from temporalio.service import RPCError, RPCStatusCode
 
 from cli.command import Session
-from cli.output import ExitStatus, as_json, status_of_outcome, when
+from cli.output import ExitStatus, Output, as_json, status_of_outcome, when
 from cli.screen import MEANING, Snapshot, event_text, line_of, object_of, screen
 from models.errors import NotFoundError, TidegateError, UnavailableError
 from models.ids import rollout_workflow_id
@@ -168,7 +168,7 @@ async def follow(watch: Watch, timeout: timedelta | None, stay: bool | None) -> 
         async with asyncio.timeout(timeout.total_seconds() if timeout else None):
             first = await watch.until_planned(None)
             if isinstance(first, RolloutResult):
-                return _tell_unplanned(watch, first)
+                return tell_unplanned(out, first)
             return await (_live(watch, stays) if live else _lines(watch, stays))
     except TimeoutError:
         out.say(f"rollout {watch.name} goes on; stopped watching after {timeout}")
@@ -255,9 +255,10 @@ def _tell_end(watch: Watch, snapshot: Snapshot, status: ExitStatus) -> None:
         )
 
 
-def _tell_unplanned(watch: Watch, result: RolloutResult) -> ExitStatus:
+def tell_unplanned(out: Output, result: RolloutResult) -> ExitStatus:
+    """Say how a rollout ended that never had a plan."""
     status = status_of_outcome(result.outcome)
-    if watch.session.out.as_json:
+    if out.as_json:
         _emit(True, {"result": {**result.model_dump(mode="json"), "exit_status": int(status)}}, "")
-    watch.session.out.say(f"rollout {result.name} {result.outcome}: {result.reason}")
+    out.say(f"rollout {result.name} {result.outcome}: {result.reason}")
     return status
