@@ -1,7 +1,9 @@
 """`python -m tests.replay.record`: saves histories of both workflows, one file per workflow and scenario.
 
 Run it when a release is made, with a new prefix; never to make a failing replay pass: a saved history that no longer
-replays is a rollout in the field that a deployment would wedge.
+replays is a rollout in the field that a deployment would wedge. So a file that exists is left as it is.
+
+Most scenarios run on the time-skipping server; those of tests.replay.scenarios on the real one.
 """
 
 import asyncio
@@ -9,6 +11,9 @@ import json
 import sys
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+
+from temporalio.contrib.pydantic import pydantic_data_converter
+from temporalio.testing import WorkflowEnvironment
 
 from models.rollout import (
     AbortRolloutInput,
@@ -19,13 +24,17 @@ from models.rollout import (
     PromoteRolloutInput,
     ResumeRolloutInput,
 )
-from tests.workflow.conftest import NO_SOAK, THREE_WAVES, SkippingServers, Stage
+from tests.replay.scenarios import REAL
+from tests.workflow.conftest import BINARIES, NO_SOAK, THREE_WAVES, SkippingServers, Stage
 from tests.workflow.scripted import ScriptedRollout
 from tests.workflow.test_rollout_process import HALT, HOLD
+from workflows.client import register_search_attributes
 from workflows.rollout import RolloutWorkflow
 
 RELEASE = "0.1.0"
 HISTORIES = Path(__file__).parent / "histories"
+ANONYMOUS = {"identity": "recorder", "lastWorkerIdentity": "recorder", "stackTrace": ""}
+"""Fields that tell of the machine a history was recorded on (host, paths), and what stands there instead."""
 
 
 async def success(stage: Stage) -> None:
@@ -86,11 +95,11 @@ SCENARIOS: dict[str, Callable[[Stage], Awaitable[None]]] = {
 }
 
 
-async def record(servers: SkippingServers, scenario: str) -> list[Path]:
-    """Run one scenario; save the rollout's history and those of the waves it opened."""
-    stage = Stage(await servers.get(), ScriptedRollout())
+async def record(environment: WorkflowEnvironment, scenario: str) -> list[Path]:
+    """Run one scenario; save the rollout's history and those of the waves it opened. Returns the files written."""
+    stage = Stage(environment, ScriptedRollout())
     await stage.start_workers()
-    await SCENARIOS[scenario](stage)
+    await (SCENARIOS | REAL)[scenario](stage)
     await stage.result()
     saved = [save("RolloutWorkflow", scenario, (await stage.handle.fetch_history()).to_json())]
     opened = sorted({asked.wave for asked in stage.script.only(DriveWaveInput)})
@@ -98,12 +107,14 @@ async def record(servers: SkippingServers, scenario: str) -> list[Path]:
         history = await stage.wave(wave).fetch_history()
         saved.append(save("WaveWorkflow", f"{scenario}-wave-{wave}", history.to_json()))
     await stage.stop_workers()
-    return saved
+    return [path for path in saved if path is not None]
 
 
-def save(workflow: str, scenario: str, history: str) -> Path:
-    """Write one history, without the name of the machine it was recorded on."""
+def save(workflow: str, scenario: str, history: str) -> Path | None:
+    """Write one history, without what tells of the machine it was recorded on. None: it exists, and is kept."""
     path = HISTORIES / workflow / f"{RELEASE}-{scenario}.json"
+    if path.exists():
+        return None
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(_anonymous(json.loads(history)), indent=1) + "\n")
     return path
@@ -111,17 +122,26 @@ def save(workflow: str, scenario: str, history: str) -> Path:
 
 def _anonymous(value: object) -> object:
     if isinstance(value, dict):
-        return {key: "recorder" if key == "identity" else _anonymous(item) for key, item in value.items()}
+        return {key: ANONYMOUS[key] if key in ANONYMOUS else _anonymous(item) for key, item in value.items()}
     return [_anonymous(item) for item in value] if isinstance(value, list) else value
 
 
 async def main(wanted: list[str]) -> None:
     """Record the scenarios named, or all."""
-    servers = SkippingServers()
-    for scenario in wanted or SCENARIOS:
-        for path in await record(servers, scenario):
+    names, servers = wanted or [*SCENARIOS, *REAL], SkippingServers()
+    for scenario in (name for name in names if name in SCENARIOS):
+        for path in await record(await servers.get(), scenario):
             print(path.relative_to(HISTORIES))
     await servers.discard()
+    async with await WorkflowEnvironment.start_local(
+        data_converter=pydantic_data_converter,
+        dev_server_existing_path=str(BINARIES / "temporal"),
+        dev_server_log_level="error",
+    ) as environment:
+        await register_search_attributes(environment.client)
+        for scenario in (name for name in names if name in REAL):
+            for path in await record(environment, scenario):
+                print(path.relative_to(HISTORIES))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Every saved history replays on today's workflows; a workflow that asks in another order does not."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,8 @@ from temporalio.contrib.pydantic import pydantic_data_converter
 from temporalio.worker import Replayer
 
 from models.rollout import RunWaveInput, RunWaveResult, StartRolloutInput
+from tests.replay.record import SCENARIOS
+from tests.replay.scenarios import REAL
 from workflows.rollout import RolloutWorkflow
 from workflows.sandbox import runner
 from workflows.wave import WaveWorkflow
@@ -59,3 +62,14 @@ class SleepyRollout:
 async def test_a_changed_order_of_steps_does_not_replay(path: Path) -> None:
     with pytest.raises(workflow.NondeterminismError):
         await replayer(SleepyRollout, SleepyWave).replay_workflow(history(path))
+
+
+@pytest.mark.parametrize("path", SAVED, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_a_saved_history_tells_nothing_of_the_machine_it_was_recorded_on(path: Path) -> None:
+    fields = re.findall(r'"(identity|lastWorkerIdentity|stackTrace)": "([^"]*)"', path.read_text())
+    assert {value for _, value in fields} <= {"recorder", ""}
+
+
+def test_every_scenario_has_its_histories() -> None:
+    names = {path.stem.removeprefix("0.1.0-") for path in SAVED if path.parent.name == "RolloutWorkflow"}
+    assert names == {*SCENARIOS, *REAL}
