@@ -38,7 +38,10 @@ WORKING_WAIT = timedelta(milliseconds=200)
 """Between two looks while devices update: bounds the delay of a verdict whose notification was missed."""
 
 IDLE_WAIT = timedelta(seconds=1)
-"""Between two looks while nothing is in progress: one query a second for a rollout that waits for days."""
+"""Between two looks while nothing happens: one query a second for a rollout that waits for days."""
+
+QUIET_AFTER = timedelta(seconds=10)
+"""Without any change for this long nothing is expected to happen at once."""
 
 
 @dataclass
@@ -58,6 +61,7 @@ class WaveDriver:
     async def drive(self) -> DriveWaveResult:
         """Drive until the verdict is not CONTINUE."""
         asked, sweep_at, beat_at = self.asked, 0.0, 0.0
+        counts, changed_at = None, self.clock()
         if asked.phase is not None:
             await self.records.set_phase(asked.job_no, asked.phase, asked.phase_reason)
         while True:
@@ -71,11 +75,14 @@ class WaveDriver:
             verdict = drive_verdict(asked, seen)
             if verdict.verdict is not Verdict.CONTINUE:
                 return await self._end(verdict, seen)
+            if seen.wave.counts != counts:
+                counts, changed_at = seen.wave.counts, self.clock()
+            quiet = self.clock() - changed_at > QUIET_AFTER.total_seconds()
             sent = await self.hinter.tick(seen, asked.job_no)
             if self.clock() >= beat_at:
                 self.beat(self._shown(seen))
                 beat_at = self.clock() + BEAT_EVERY.total_seconds()
-            await self.records.wait_for_change(asked.job_no, _patience(seen, sent).total_seconds())
+            await self.records.wait_for_change(asked.job_no, _patience(seen, sent, quiet).total_seconds())
 
     def _is_to_open(self, seen: JobProgress) -> bool:
         """A wave is opened by its own driver, which saves a step between two waves; never while the job is paused."""
@@ -112,9 +119,9 @@ class WaveDriver:
         )
 
 
-def _patience(seen: JobProgress, sent: int) -> timedelta:
+def _patience(seen: JobProgress, sent: int, quiet: bool) -> timedelta:
     if sent:
         return BUSY_WAIT
     if seen.in_flight:
         return BUSY_WAIT if seen.in_flight >= seen.in_flight_cap and seen.wave.counts.queued else WORKING_WAIT
-    return IDLE_WAIT
+    return IDLE_WAIT if quiet else WORKING_WAIT
