@@ -161,7 +161,7 @@ def _csv_rows(text: _Text) -> Iterator[DeviceRow | Mistake]:
         except csv.Error as error:
             yield Mistake("(line)", _csv_fault(error), before + 1)
             continue
-        bad = list(text.take_bad(before + 1, text.number))
+        bad = list(text.take_bad(before + 1, text.number)) if text.bad else []
         yield from bad
         if cells is None:
             return
@@ -262,8 +262,9 @@ def _json_cell(column: str, cell: str) -> dict[str, Any]:
 def _json_rows(text: _Text) -> Iterator[DeviceRow | Mistake]:
     for line in text:
         number = text.number
-        yield from text.take_bad(number, number)
-        if not line.strip():
+        if text.bad:
+            yield from text.take_bad(number, number)
+        if line.isspace():
             continue
         if number == 1 and line.lstrip().startswith("["):
             raise InvalidInputError(
