@@ -149,9 +149,7 @@ async def test_three_waves_reach_everyone_and_the_next_opens_by_itself(site: Sit
     assert (view.status, view.phase, view.outcome) == (JobStatus.FINISHED, Phase.DONE, Outcome.SUCCEEDED)
     for before, after in zip(view.waves, view.waves[1:], strict=False):
         assert before.answered_at and after.opened_at
-        assert (
-            after.opened_at - before.answered_at
-        ).total_seconds() < 5  # bench measures it; a busy machine may be slow
+        assert (after.opened_at - before.answered_at).total_seconds() < 5
 
 
 async def test_a_dead_image_is_halted_withdrawn_and_its_devices_in_progress_are_waited_for(site: Site) -> None:
