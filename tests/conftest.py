@@ -95,7 +95,9 @@ def _mosquitto(folder: Path, port: int) -> subprocess.Popen[bytes]:
         f"listener {port} 127.0.0.1\nallow_anonymous true\nmax_inflight_messages 0\nmax_queued_messages 1000000\n"
         "persistence false\nlog_dest none\n"
     )
-    return subprocess.Popen([str(mosquitto_binary()), "-c", str(config)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    return subprocess.Popen(
+        [str(mosquitto_binary()), "-c", str(config)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
 
 
 def _nats(folder: Path, port: int) -> subprocess.Popen[bytes]:
