@@ -16,7 +16,7 @@ import structlog
 from devstack.interface import Piece
 from devstack.process import ManagedProcess
 from devstack.state import StateDirectory
-from models.errors import UnavailableError
+from models.errors import TidegateError, UnavailableError
 
 FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS, STEADY_SECONDS = 0.5, 30.0, 60.0
 _WATCH_SECONDS = 0.1
@@ -148,7 +148,7 @@ class Supervisor:
             await asyncio.sleep(pause)
             try:
                 await self._start(self._pieces[name])
-            except UnavailableError as error:
+            except (TidegateError, OSError) as error:
                 log.error("cannot restart", piece=name, reason=str(error))
                 await self._processes[name].stop()
         del self._restarts[name]
