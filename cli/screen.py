@@ -213,7 +213,7 @@ def _gate_cell(wave: WaveProgress, gate: GateSpec) -> Text:
     if wave.opened_at is None:
         return Text("not open", style="dim")
     style = "red" if distance.failures_left <= 1 else "yellow" if distance.failed else ""
-    return Text(f"halts at {distance.boundary:.1f} failed, {distance.failures_left} more in a row", style=style)
+    return Text(f"halts at {distance.boundary:.1f} failed, {distance.failures_left} left", style=style)
 
 
 def _figures(snapshot: Snapshot) -> list[tuple[str, object]]:

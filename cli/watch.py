@@ -21,7 +21,7 @@ from temporalio.service import RPCError, RPCStatusCode
 from cli.command import Session
 from cli.output import ExitStatus, Output, as_json, status_of_outcome, when
 from cli.screen import MEANING, Snapshot, event_text, line_of, object_of, screen
-from models.errors import NotFoundError, TidegateError, UnavailableError
+from models.errors import NotFoundError, TidegateError
 from models.ids import rollout_workflow_id
 from models.rollout import Outcome, RolloutResult, RolloutStatus
 from models.views import EventView
@@ -32,6 +32,8 @@ from workflows.rollout import RolloutWorkflow
 POLL_SECONDS = 0.5
 ASK_SECONDS = 2.0
 """How often the workflow is asked, and how long its answer may take."""
+LOOK_SECONDS = 5.0
+"""How long PostgreSQL may take before the screen says that what it shows is old."""
 EVENTS_READ = 100
 
 Handle = WorkflowHandle[RolloutWorkflow, RolloutResult]
@@ -79,8 +81,8 @@ class Watch:
     async def look_again(self) -> Snapshot:
         """The rollout now; the last one seen, marked, while PostgreSQL does not answer."""
         try:
-            self._last = await self.look()
-        except (psycopg.OperationalError, PoolTimeout, UnavailableError):
+            self._last = await asyncio.wait_for(self.look(), LOOK_SECONDS)
+        except (psycopg.OperationalError, PoolTimeout, TimeoutError):
             if self._last is None:
                 raise
             return replace(self._last, trouble="PostgreSQL does not answer; what is shown is old, trying again")

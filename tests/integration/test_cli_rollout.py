@@ -262,3 +262,31 @@ def test_no_rollout_of_a_name_is_an_error_everywhere(plant: Plant) -> None:
     for words in (("watch",), ("show",), ("pause",), ("abort",), ("events",), ("devices",)):
         ran = plant.run("rollout", words[0], "nobody")
         assert (ran.status, "no rollout 'nobody'" in ran.err) == (2, True), ran.err
+
+
+def test_a_database_that_is_away_is_waited_for_and_ctrl_c_ends_the_watching_alone(plant: Plant) -> None:
+    assert plant.run("rollout", "start", plant.spec("away", "g", approval="start")).status == 0
+    command = [sys.executable, "starter.py", "rollout", "watch", "away", "--stay"]
+    environment = {**os.environ, **plant.environment}
+    watching = subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert watching.stdout is not None
+    lines = iter(watching.stdout.readline, "")
+    assert any("waits: approval of wave 1" in line for line in lines)
+    [pid_file] = (plant.folder / "state").rglob("postmaster.pid")
+    postmaster = psutil.Process(int(pid_file.read_text().split()[0]))
+    database = [postmaster, *postmaster.children(recursive=True)]
+    for process in database:
+        process.suspend()
+    try:
+        assert any("PostgreSQL does not answer; what is shown is old" in line for line in lines)
+    finally:
+        for process in database:
+            process.resume()
+    assert any("waits: approval of wave 1" in line for line in lines)
+    watching.send_signal(signal.SIGINT)
+    _, errors = watching.communicate(timeout=20)
+    assert watching.returncode == 130
+    assert "interrupted; a rollout that was started goes on" in errors
+    assert plant.run("rollout", "show", "away", "--json").json["phase"] == "waiting-approval"

@@ -128,7 +128,7 @@ def test_the_screen_shows_counts_failures_gate_and_soak() -> None:
     shown = text_of(Snapshot(NOW, view, (event,), ui_link="http://ui/x"))
     for words in (
         "soaking  wave 1 of 2 (canary)",
-        "halts at 6.0 failed, 5 more in a row",
+        "halts at 6.0 failed, 5 left",
         "not open",
         "1 of at most 500, no limit per minute",
         "rolled-back 2",
