@@ -172,13 +172,18 @@ def guarded(work: Callable[P, None]) -> Callable[P, None]:
     return run
 
 
-def session_of(state: Path | None, out: Output) -> Session:
-    """Settings and endpoints, from the environment and the state directory."""
+def settings_of(state: Path | None) -> Settings:
+    """Settings from the environment alone. Raises SpecError with every variable that is wrong."""
     try:
-        settings = Settings(state_dir=state) if state is not None else Settings()
+        return Settings(state_dir=state) if state is not None else Settings()
     except ValidationError as error:
         wrong = [Mistake(f"TIDEGATE_{path_of(fault.where).upper()}", fault.message) for fault in faults_of(error)]
         raise SpecError("settings", wrong) from error
+
+
+def session_of(state: Path | None, out: Output) -> Session:
+    """Settings and endpoints, from the environment and the state directory."""
+    settings = settings_of(state)
     path = settings.state_dir / "endpoints.json"
     try:
         endpoints = Endpoints.model_validate_json(path.read_bytes()) if path.exists() else Endpoints()

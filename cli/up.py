@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from cli.command import settings_of
 from devstack.stack import EmbeddedStack
 from devstack.supervisor import PieceEvent
 from models.settings import Settings
@@ -38,11 +39,10 @@ def up(
     in the environment (TIDEGATE_DATABASE_URL, TIDEGATE_TEMPORAL_ADDRESS, TIDEGATE_MQTT_URL, TIDEGATE_ARTIFACT_URL) is
     not started.
     """
-    settings = Settings()
+    settings = settings_of(state)
     logs.configure("stack", settings.model_copy(update={"log_level": "WARNING"}))
     console = Console()
     stack = EmbeddedStack(
-        state,
         settings=settings,
         broker=broker,
         worker=worker,

@@ -33,8 +33,11 @@ from devstack.temporal import TemporalServer
 from firmware.keys import generate_private_key, save_private_key, save_public_key
 from models.errors import InvalidInputError
 from models.settings import Endpoints, Settings
-from store.engine import migrate
+from store.engine import Database, migrate
 from workflows.client import connect
+
+GIVEN_SECONDS = 5.0
+"""How long a server whose address was given may take to answer."""
 
 
 class EmbeddedStack:
@@ -124,13 +127,22 @@ class EmbeddedStack:
             log.warning("ended what an earlier run left", pieces=", ".join(ended))
         self.state.remove_endpoints()
         self.endpoints = self._given_endpoints()
-        await self._start(*self._engines())
-        if self.settings.temporal_address:
-            await connect(self.settings.temporal_address, self.settings.temporal_namespace)
+        engines = self._engines()
+        await self._check_given()
+        await self._start(*engines)
         assert self.endpoints.database_url is not None
         await asyncio.to_thread(migrate, self.endpoints.database_url)
         await self._start(*(self._service(name) for name in self._services))
         self.state.write_endpoints(self.endpoints)
+
+    async def _check_given(self) -> None:
+        """Whether the servers of others answer, before ours are started. Raises UnavailableError."""
+        if self.settings.database_url:
+            database = Database(self.settings.database_url)
+            await database.open(GIVEN_SECONDS)
+            await database.close()
+        if self.settings.temporal_address:
+            await connect(self.settings.temporal_address, self.settings.temporal_namespace)
 
     async def _start(self, *pieces: Piece) -> None:
         await self.supervisor.start(*pieces)

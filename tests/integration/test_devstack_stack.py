@@ -152,6 +152,24 @@ async def test_a_server_whose_address_is_given_is_not_started(folder: Path, data
             assert second.endpoints.ui_url is None
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"temporal_address": "127.0.0.1:9"}, "cannot connect to Temporal at 127.0.0.1:9"),
+        ({"database_url": "postgresql://me:secret@127.0.0.1:9/db"}, "cannot connect to PostgreSQL at 127.0.0.1:9/db"),
+    ],
+)
+async def test_a_given_server_that_does_not_answer_is_said_before_anything_starts(
+    folder: Path, given: dict[str, str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("devstack.stack.GIVEN_SECONDS", 0.5)
+    with pytest.raises(UnavailableError, match=message) as refusal:
+        async with engines(folder, settings=Settings.model_validate(given)):
+            pass
+    assert "secret" not in str(refusal.value)
+    assert not (folder / "logs").exists()
+
+
 async def test_a_second_stack_on_the_same_folder_is_refused_naming_the_first(folder: Path, database_url: str) -> None:
     given = Settings(database_url=database_url, mqtt_url="mqtt://broker.example")
     async with engines(folder, settings=given) as stack:
