@@ -138,7 +138,7 @@ async def test_the_database_and_the_pure_function_select_the_same_devices_for_an
     known = sorted({(key, value) for each in tags for key, value in each.items()})
     if known:
         key, value = data.draw(st.sampled_from(known), label="a tag that some device has")
-        conditions |= {key: data.draw(st.sampled_from(["", "<=", ">", "!="])) + value}
+        conditions |= {key: data.draw(st.sampled_from(["", "<", "<=", ">", ">=", "!="])) + value}
     async with db.pool.connection() as connection:
         await connection.execute("DELETE FROM devices")
     fleet = [device(f"m{i}", tags=each) for i, each in enumerate(tags)]

@@ -5,7 +5,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
@@ -75,6 +75,7 @@ def text_of(snapshot: Snapshot) -> str:
 # --- the gate's distance ---------------------------------------------------------------------------------------------
 
 
+@settings(deadline=None)
 @given(failed=st.integers(0, 30), succeeded=st.integers(0, 400), updating=st.integers(0, 60), others=st.integers(0, 60))
 def test_so_many_further_failures_trip_the_breaker_and_one_less_does_not(
     failed: int, succeeded: int, updating: int, others: int
@@ -100,6 +101,7 @@ def test_a_tripped_wave_is_at_no_distance_whatever_is_reported_later() -> None:
 _COUNT = st.integers(0, 3000)
 
 
+@settings(deadline=None)
 @given(st.builds(WaveCounts, pending=_COUNT, queued=_COUNT, in_progress=_COUNT, succeeded=_COUNT, failed=_COUNT))
 def test_a_bar_is_as_wide_as_the_wave_and_hides_no_failure(counts: WaveCounts) -> None:
     drawn = bar(counts)
@@ -297,6 +299,7 @@ def test_every_error_has_its_exit_status(error: Exception, status: ExitStatus) -
     assert status_of_error(error) is status
 
 
+@settings(deadline=None)
 @given(st.text())
 def test_what_is_printed_holds_no_control_character(text: str) -> None:
     assert printable(text).isprintable()

@@ -3,7 +3,7 @@
 from datetime import UTC, datetime, timedelta
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from domain.selector import MAX_INACTIVE_MINUTES, Condition, check_askable, matches, parse_condition
@@ -75,6 +75,7 @@ def test_every_key_that_is_given_must_match(
     assert matches(DeviceFilter.model_validate(selected), device(**changes), NOW) is expected
 
 
+@settings(deadline=None)
 @given(st.text(), st.text())
 def test_exactly_one_of_less_equal_and_greater_holds(found: str, wanted: str) -> None:
     wanted = wanted.lstrip(" =")
