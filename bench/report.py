@@ -20,6 +20,7 @@ class Target:
     bound: float
     unit: str
     most: bool = True
+    label: str = ""
 
     def missed_by(self, value: float | None) -> str | None:
         """By how much, or None when it is met. A figure that could not be measured is missed."""
@@ -36,7 +37,7 @@ class Target:
 
 TARGETS = (
     Target("devices_per_second", 500, "devices/s", most=False),
-    Target("cpu_seconds_per_1000_counted", 1.5, "CPU s"),
+    Target("cpu_seconds_per_1000_counted", 1.5, "CPU s", label="cpu_seconds_per_1000 *"),
     Target("history_events", 150, "events"),
     Target("gate_to_next_wave_seconds", 0.5, "s"),
     Target("admitted_after_crossing", 0, "devices"),
@@ -70,38 +71,54 @@ def missed(figures: dict[str, Any]) -> dict[str, str]:
 def show(console: Console, runs: list[dict[str, Any]]) -> None:
     """One column per run, then what is missed and where the time went."""
     table = Table(title=f"Rollouts on {runs[0]['cores']} cores, broker {runs[0]['broker']}", title_justify="left")
-    table.add_column("")
+    table.add_column("devices")
     for figures in runs:
-        table.add_column(f"{figures['devices']:,} devices", justify="right")
+        table.add_column(f"{figures['devices']:,}", justify="right")
     table.add_column("target", justify="right")
+
+    def add(label: str, values: list[Any], target: str = "") -> None:
+        table.add_row(label, *map(_shown, values), target)
+
     for name in ("outcome", "seconds"):
-        table.add_row(name, *(_shown(figures[name]) for figures in runs), "")
+        add(name, [figures[name] for figures in runs])
     for target in TARGETS:
         bound = f"{'<=' if target.most else '>='} {target.bound:g}"
-        table.add_row(target.name, *(_shown(figures[target.name]) for figures in runs), bound)
-    table.add_row("database_bytes_per_device", *(_shown(figures["database_bytes_per_device"]) for figures in runs), "")
-    table.add_row("others_share_of_machine", *(_shown(figures["others_share_of_machine"]) for figures in runs), "")
-    table.add_row("devices_disagreeing", *(_shown(figures["devices_disagreeing"]) for figures in runs), "")
+        add(target.label or target.name, [figures[target.name] for figures in runs], bound)
+    for name in ("database_bytes_per_device", "devices_disagreeing"):
+        add(name, [figures[name] for figures in runs])
     for group in ("cpu_seconds_per_1000", "peak_memory_mib"):
         table.add_section()
+        table.add_row(group)
         for piece in runs[0][group]:
-            table.add_row(f"{group}: {piece}", *(_shown(figures[group][piece]) for figures in runs), "")
+            add(f"  {piece}", [figures[group][piece] for figures in runs])
     console.print(table)
+    console.print(f"* {', '.join(COUNTED)} together", highlight=False)
     for figures in runs:
-        _show_misses(console, figures)
+        _show_time(console, figures)
 
 
-def _show_misses(console: Console, figures: dict[str, Any]) -> None:
-    size = f"{figures['devices']:,} devices"
-    parts = ", ".join(f"{name} {_shown(seconds)} s" for name, seconds in figures["timeline_seconds"].items())
-    console.print(f"{size}: {escape(parts)}", highlight=False)
-    for name, how in figures["missed"].items():
-        console.print(f"  [red]missed[/red] {name} {escape(how)}", highlight=False)
+def _show_time(console: Console, figures: dict[str, Any]) -> None:
+    """Where the time and the machine went, and what is missed."""
+    lines = [f"{figures['devices']:,} devices"]
+    lines.append("  seconds: " + ", ".join(f"{name} {_shown(s)}" for name, s in figures["timeline_seconds"].items()))
+    lines.append("  cores busy: " + ", ".join(f"{name} {share:.2f}" for name, share in cores_busy(figures).items()))
+    lines += [f"  missed {name} {how}" for name, how in figures["missed"].items()]
     if figures["others_share_of_machine"] > BUSY_NEIGHBOUR:
         share = f"{100 * figures['others_share_of_machine']:.0f} %"
-        console.print(f"  other programs used {share} of this machine meanwhile: measure again on a quiet one")
+        lines.append(f"  other programs used {share} of this machine meanwhile: measure again on a quiet one")
     if not figures["missed"]:
-        console.print("  every target that applies at this size is met", highlight=False)
+        lines.append("  every target that applies at this size is met")
+    for line in lines:
+        console.print(escape(line), highlight=False, style="red" if line.startswith("  missed") else None)
+
+
+def cores_busy(figures: dict[str, Any]) -> dict[str, float]:
+    """Average number of cores that each piece kept busy, the largest first, then what others used and what was idle."""
+    rate = figures["devices_per_second"] / 1000
+    found = {name: seconds * rate for name, seconds in figures["cpu_seconds_per_1000"].items()}
+    ordered = dict(sorted(found.items(), key=lambda item: -item[1]))
+    others = figures["others_share_of_machine"] * figures["cores"]
+    return ordered | {"others": others, "idle": max(0.0, figures["cores"] - sum(found.values()) - others)}
 
 
 def _shown(value: Any) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from bench.report import COUNTED, complete, show
+from bench.report import COUNTED, complete, cores_busy, show
 from bench.sampling import Sampler, cpu_seconds, memory_bytes
 
 BURN = "import time\nend = time.process_time() + {}\nwhile time.process_time() < end: pass\n"
@@ -77,6 +77,14 @@ def test_the_cpu_target_counts_what_tidegate_and_its_stores_use_and_not_broker_a
 def test_targets_of_speed_are_for_the_large_rollout_alone() -> None:
     assert complete(figures(devices=500, devices_per_second=100.0))["missed"] == {}
     assert "counted_minus_true" in complete(figures(devices=500, counted_minus_true=1))["missed"]
+
+
+def test_where_the_machine_went_adds_up_to_all_of_it() -> None:
+    run = complete(figures(others_share_of_machine=0.25)) | {"cores": 4}
+    busy = cores_busy(run)
+    assert sum(busy.values()) == pytest.approx(4)
+    assert busy["gateway"] == pytest.approx(0.3 * 0.666)
+    assert busy["others"] == 1.0
 
 
 def test_a_busy_neighbour_is_named() -> None:
