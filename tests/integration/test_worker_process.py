@@ -26,7 +26,7 @@ from tests.workflow.conftest import BINARIES
 from workflows.client import connect, start_rollout
 
 ROOT = Path(__file__).parent.parent.parent
-READY_SECONDS = 30.0
+READY_SECONDS = 60.0
 
 
 class WorkerProcess:
