@@ -14,7 +14,9 @@ import pytest
 import typer
 
 from cli.main import app
+from cli.spec import parse_spec
 from models.settings import Settings
+from models.spec import RolloutSpec
 
 ROOT = Path(__file__).parent.parent.parent
 PAGES = [ROOT / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md")] + sorted(ROOT.glob("docs/**/*.md"))
@@ -173,3 +175,18 @@ def test_the_readme_says_in_its_first_screen_what_it_is_and_which_two_commands_s
 def test_every_decision_is_in_the_list_of_decisions() -> None:
     listed = _LINK.findall((ROOT / "docs/adr/README.md").read_text())
     assert listed == sorted(path.name for path in (ROOT / "docs/adr").glob("0*.md"))
+
+
+def test_the_readmes_specification_is_read_and_shows_the_defaults() -> None:
+    [written] = re.findall(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    spec = parse_spec(written.encode(), "README.md")
+    assert spec == RolloutSpec(name=spec.name, release=spec.release, target=spec.target, waves=spec.waves)
+
+
+def test_the_tutorials_specifications_are_read() -> None:
+    written = re.findall(r"<<'YAML'\n(.*?)YAML\n", (ROOT / "docs/tutorial.md").read_text(), re.DOTALL)
+    assert [parse_spec(text.encode(), "tutorial.md").name for text in written] == [
+        "motor-1.3.0",
+        "motor-1.3.1",
+        "motor-1.3.2",
+    ]
