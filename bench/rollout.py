@@ -37,6 +37,7 @@ from models.rollout import RolloutResult, StartRolloutInput
 from models.settings import Settings
 from models.spec import RolloutSpec
 from store.engine import Database
+from store.executions import COUNT_NAMES
 from store.registry import Registry
 from workflows.client import connect, start_rollout
 
@@ -256,21 +257,10 @@ class Bench:
 
     def _miscount(self, job_no: int) -> int:
         """Sum over waves and states of |counter - recount|."""
-        states = (
-            "pending",
-            "queued",
-            "in_progress",
-            "succeeded",
-            "failed",
-            "timed_out",
-            "rejected",
-            "removed",
-            "canceled",
-        )
         differences = " + ".join(
             f"abs(w.{state} - (SELECT count(*) FROM executions e WHERE e.job_no = w.job_no AND e.wave = w.wave "
             f"AND e.state = '{state.upper()}'))"
-            for state in states
+            for state in COUNT_NAMES
         )
         return int(self._rows(f"SELECT coalesce(sum({differences}), 0) FROM waves w WHERE w.job_no = %s", job_no)[0][0])
 

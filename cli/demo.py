@@ -31,8 +31,10 @@ from agent.storage import PosixStorage
 from cli.demo_images import demo_images
 from cli.publish import publish_image
 from devstack.stack import EmbeddedStack
+from devstack.state import StateDirectory
 from domain.device_rows import Format
 from firmware.keys import generate_private_key, save_public_key
+from models.artifacts import BuildDeltaInput
 from models.errors import RefusedError, TidegateError
 from models.ids import rollout_workflow_id, wave_workflow_id
 from models.rollout import Outcome, RolloutResult, StartRolloutInput
@@ -40,6 +42,7 @@ from models.settings import Settings
 from models.spec import RolloutSpec
 from models.views import RolloutView
 from observe import logs
+from store.deltas import DeltaStore
 from store.engine import Database
 from store.registry import Registry
 from store.rollouts import RolloutStore
@@ -106,7 +109,7 @@ class Demo:
             "seed": self.config.seed,
             "seconds": round(time.monotonic() - started, 1),
             "ui_url": self.stack.endpoints.ui_url,
-            "images": self.image_facts(),
+            "images": await self.image_facts(),
             "rollouts": [
                 await self.rollout_summary(bad, after_bad),
                 await self.rollout_summary(good, self.running()),
@@ -291,32 +294,23 @@ class Demo:
         """The different images in active slots."""
         return set(self.running().values())
 
-    def image_facts(self) -> dict[str, Any]:
-        """Hashes and sizes."""
-        return {
-            "old": {"sha256": sha256(self.old), "size": len(self.old)},
-            "bad": {"sha256": sha256(self.bad), "size": len(self.bad)},
-            "new": {"sha256": sha256(self.new), "size": len(self.new), "delta": self.delta_facts()},
+    async def image_facts(self) -> dict[str, Any]:
+        """Hashes and sizes, and the delta from the old to the new image, as the registry has it."""
+        found = await DeltaStore(self.db).find(
+            BuildDeltaInput(base_sha256=sha256(self.old), target_sha256=sha256(self.new))
+        )
+        delta = found.delta if found else None
+        facts: dict[str, Any] = {
+            name: {"sha256": sha256(image), "size": len(image)}
+            for name, image in (("old", self.old), ("bad", self.bad), ("new", self.new))
         }
-
-    def delta_facts(self) -> dict[str, Any] | None:
-        """The delta from the old to the new image, as the registry has it."""
-        import psycopg
-
-        with psycopg.connect(self.db.url) as connection:
-            row = connection.execute(
-                "SELECT sha256, size_bytes, codec FROM deltas WHERE base_sha256 = %s AND target_sha256 = %s "
-                "AND failure IS NULL",
-                (sha256(self.old), sha256(self.new)),
-            ).fetchone()
-        if row is None:
-            return None
-        return {
-            "sha256": row[0],
-            "size": row[1],
-            "codec": row[2],
-            "percent_of_image": round(100 * row[1] / len(self.new), 2),
+        facts["new"]["delta"] = delta and {
+            "sha256": delta.sha256,
+            "size": delta.size_bytes,
+            "codec": delta.codec,
+            "percent_of_image": round(100 * delta.size_bytes / len(self.new), 2),
         }
+        return facts
 
     def mistakes(self, summary: dict[str, Any]) -> list[str]:
         """What did not go as it should; empty when all is well."""
@@ -412,24 +406,12 @@ def clear(state_dir: Path) -> None:
     if state_dir.exists() and any(state_dir.iterdir()):
         if not (state_dir / MARKER).exists():
             raise RefusedError(f"{state_dir} is not empty and not a former demo's; give another --state")
-        if (state_dir / "endpoints.json").exists() and _holder_lives(state_dir):
-            raise RefusedError(f"a demo is running in {state_dir}; stop it, or give another --state")
+        with StateDirectory(state_dir).locked():  # refuses while a demo runs there
+            pass
         shutil.rmtree(state_dir)
     state_dir.mkdir(parents=True, exist_ok=True)
     (state_dir / MARKER).write_text("made by 'starter.py demo'; removed by its next run\n")
     (state_dir / "logs").mkdir(exist_ok=True)
-
-
-def _holder_lives(state_dir: Path) -> bool:
-    import fcntl
-
-    for lock in state_dir.glob("*lock*"):
-        with lock.open("rb+") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                return True
-    return False
 
 
 def progress_line(view: RolloutView) -> str:

@@ -39,11 +39,6 @@ def wave_workflow_id(name: str, wave: int) -> str:
     return f"rollout:{name}/wave:{wave}"
 
 
-def delta_workflow_id(base_sha256: str, target_sha256: str, codec: str) -> str:
-    """Workflow id of building one delta; who asks for the same delta joins the run."""
-    return f"delta:{base_sha256[:16]}-{target_sha256[:16]}-{codec}"
-
-
 def rollout_job_id(name: str) -> str:
     """The job id that devices see for a rollout."""
     return name.replace(".", "_")

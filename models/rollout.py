@@ -279,13 +279,6 @@ class PrepareArtifactsResult(_Frozen):
     delta_bytes: int = 0
 
 
-class OpenWaveInput(_Frozen):
-    """Open a wave: its executions become QUEUED. Idempotent."""
-
-    job_no: int
-    wave: int
-
-
 class WriteDocumentInput(_Frozen):
     """Write the job document without deltas, when preparing artifacts has failed. Idempotent."""
 

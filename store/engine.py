@@ -8,7 +8,7 @@ async with db.pool.connection() as connection: ...
 """
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import orjson
 import psycopg
@@ -16,7 +16,7 @@ import psycopg.types.json
 from psycopg import AsyncConnection
 from psycopg_pool import AsyncConnectionPool, PoolTimeout
 
-from models.errors import UnavailableError
+from models.errors import NotFoundError, UnavailableError
 
 psycopg.types.json.set_json_loads(orjson.loads)
 
@@ -78,3 +78,11 @@ class Database:
         await self.pool.close()
         if self._engine is not None:
             await self._engine.dispose()
+
+
+async def fetch_one(connection: AsyncConnection, sql: str, arguments: Any) -> tuple[Any, ...]:
+    """The one row that a statement returns. Raises NotFoundError when there is none."""
+    row = await (await connection.execute(sql, arguments)).fetchone()
+    if row is None:
+        raise NotFoundError(f"expected one row, got none: {sql[:60]}")
+    return row

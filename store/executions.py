@@ -12,13 +12,13 @@ the caps and the breaker are exact, and there is no deadlock. Loading is one net
 
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import orjson
 from psycopg import AsyncConnection
 
-from domain.admission import ExecutionRow, JobRow, Ledger, WaveRow
+from domain.admission import COUNTERS, ExecutionRow, JobRow, Ledger, WaveRow
 from domain.gate import Breaker
 from models.protocol import ExecutionState
 from models.rollout import JobStatus
@@ -106,17 +106,8 @@ FROM jsonb_to_recordset(%s::jsonb) AS n(device_id text, version text, sha256 tex
 WHERE d.device_id = n.device_id
 """
 
-COUNT_NAMES = (
-    "pending",
-    "queued",
-    "in_progress",
-    "succeeded",
-    "failed",
-    "timed_out",
-    "rejected",
-    "removed",
-    "canceled",
-)
+COUNT_NAMES = tuple(COUNTERS.values())
+"""The counters of a wave, in the order in which the statements above name them."""
 
 
 @dataclass
@@ -126,8 +117,6 @@ class Batch:
     ledger: Ledger
     now: float
     connection: AsyncConnection
-    installed: dict[str, tuple[str, str]] = field(default_factory=dict)
-    """Devices that are known to run an image now: device id to (version, sha256); written with the batch."""
 
 
 class ExecutionStore:
@@ -207,7 +196,7 @@ async def save(batch: Batch) -> None:
     """Write back what changed, in the transaction of the batch."""
     changed = [e for e in batch.ledger.by_key.values() if e.changed]
     jobs = [job for job in batch.ledger.jobs.values() if job.changed]
-    if not changed and not jobs and not batch.installed:
+    if not changed and not jobs:
         return
     async with batch.connection.pipeline():
         if changed:
@@ -223,21 +212,17 @@ async def save(batch: Batch) -> None:
                     await batch.connection.execute(_SAVE_WAVE, _wave_values(wave))
             if any(wave.news for wave in job.waves.values()):
                 await batch.connection.execute("SELECT pg_notify(%s, %s)", (CHANNEL, str(job.job_no)))
-        installed = installed_by(changed, batch)
-        if installed:
-            rows = [{"device_id": t, "version": v, "sha256": sha} for t, (v, sha) in installed.items()]
-            await batch.connection.execute(_SAVE_INSTALLED, (_json(rows),))
+        if installed := _installed(changed, batch.ledger):
+            await batch.connection.execute(_SAVE_INSTALLED, (_json(installed),))
 
 
-def installed_by(changed: list[ExecutionRow], batch: Batch) -> dict[str, tuple[str, str]]:
-    """Devices that now run the release of a job, with what was noted in `batch.installed` on top."""
-    installed: dict[str, tuple[str, str]] = {}
-    for execution in changed:
-        if execution.state is ExecutionState.SUCCEEDED:
-            job = batch.ledger.jobs[execution.job_no]
-            if job.target_version and job.target_sha256:
-                installed[execution.device_id] = (job.target_version, job.target_sha256)
-    return installed | batch.installed
+def _installed(changed: list[ExecutionRow], ledger: Ledger) -> list[dict[str, str | None]]:
+    """Devices that have just been updated, and what they run now."""
+    return [
+        {"device_id": e.device_id, "version": job.target_version, "sha256": job.target_sha256}
+        for e in changed
+        if e.state is ExecutionState.SUCCEEDED and (job := ledger.jobs[e.job_no]).target_sha256
+    ]
 
 
 def _job(row: tuple[Any, ...]) -> JobRow:

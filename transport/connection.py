@@ -13,6 +13,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import gmqtt
+import structlog
 from gmqtt.mqtt.constants import MQTTv311
 
 from models.errors import InvalidInputError, UnavailableError
@@ -20,6 +21,8 @@ from models.settings import Settings
 
 Handler = Callable[[str | bytes, bytes], Awaitable[None]]
 CONNECT_SECONDS = 10.0
+RETRY_SECONDS = 1.0
+log = structlog.get_logger("mqtt")
 _MUTE = logging.getLogger("tidegate.gmqtt")
 _MUTE.setLevel(logging.ERROR)
 
@@ -94,6 +97,16 @@ class Connection:
                     f"the broker refused the subscription {topic_filter!r}; on nats-server check max_ack_pending"
                 )
 
+    async def _subscribe_again(self) -> None:
+        """After a reconnection: until it has worked, for a client that is connected and deaf would look alive."""
+        while True:
+            try:
+                await self._subscribe()
+                return
+            except (UnavailableError, TimeoutError) as error:
+                log.warning("cannot subscribe after a reconnection, trying again", reason=str(error))
+                await asyncio.sleep(RETRY_SECONDS)
+
     def _on_subscribe(self, _client: Any, mid: int, granted: Sequence[int], _properties: Any) -> None:
         answer = self._granted.setdefault(mid, asyncio.get_running_loop().create_future())
         if not answer.done():
@@ -102,7 +115,7 @@ class Connection:
     def _on_connect(self, _client: Any, _flags: Any, _code: Any, _properties: Any) -> None:
         if self._was_connected:
             self.reconnects += 1
-            task = asyncio.get_running_loop().create_task(self._subscribe())
+            task = asyncio.get_running_loop().create_task(self._subscribe_again())
             self._background.add(task)
             task.add_done_callback(self._background.discard)
 
