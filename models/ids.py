@@ -19,6 +19,11 @@ ROLLOUT_NAME = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9.-]{0,63}")
 PRODUCT_NAME = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9._-]{0,63}")
 VERSION = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9.+_-]{0,49}")
 SHA256 = re.compile(r"[0-9a-f]{64}")
+SERIAL_NUMBER = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9:._-]{0,63}")
+"""A serial number that can be enrolled; the registry holds others too. 64 characters: X.520's bound."""
+BATCH_NAME = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9_-]{0,63}")
+ENGINE_PREFIX, CLAIM_PREFIX = "engine.", "claim."
+"""How common names of services and of claim certificates begin. No thing name has a dot, so no device can bear one."""
 
 
 def rollout_workflow_id(name: str) -> str:
@@ -55,3 +60,37 @@ def parse_release_ref(ref: str) -> tuple[str, str]:
     if not at or not PRODUCT_NAME.fullmatch(product) or not VERSION.fullmatch(version):
         raise InvalidInputError(f"not a release: {ref!r}, expected product@version, as in motor-controller@1.3.0")
     return product, version
+
+
+def provision_workflow_id(serial_number: str) -> str:
+    """Workflow id of a serial number's enrolment: `provision:<serial>`."""
+    return f"provision:{serial_number}"
+
+
+def configure_workflow_id(device_id: str) -> str:
+    """Workflow id of a device's configuration: `configure:<device>`."""
+    return f"configure:{device_id}"
+
+
+def rotate_workflow_id(device_id: str) -> str:
+    """Workflow id of the rotation of a device's certificate: `rotate:<device>`."""
+    return f"rotate:{device_id}"
+
+
+def decommission_workflow_id(device_id: str) -> str:
+    """Workflow id of a device's decommissioning: `decommission:<device>`."""
+    return f"decommission:{device_id}"
+
+
+def subject_of_workflow(workflow_id: str) -> tuple[str, str]:
+    """Inverse of the four above: (`provision`, serial) or (`configure` | `rotate` | `decommission`, device).
+
+    Raises InvalidInputError for any other id.
+
+    >>> subject_of_workflow("rotate:motor-7")
+    ('rotate', 'motor-7')
+    """
+    kind, colon, subject = workflow_id.partition(":")
+    if not colon or not subject or kind not in ("provision", "configure", "rotate", "decommission"):
+        raise InvalidInputError(f"not the id of a lifecycle workflow: {workflow_id!r}, expected 'provision:<serial>'")
+    return kind, subject

@@ -89,6 +89,29 @@ class Verb(StrEnum):
     DESCRIBE = "describe"
     UPDATE = "update"
     HEARTBEAT = "heartbeat"
+    CONFIG_GET = "config-get"
+    CONFIG_UPDATE = "config-update"
+    COMMAND_GET = "command-get"
+    COMMAND_RESPONSE = "command-response"
+
+
+CONFIG_SHADOW = "config"
+"""The named shadow that carries a device's configuration: `$aws/things/<thing>/shadow/name/config`."""
+
+
+class Operation(StrEnum):
+    """What a command tells a device to do with its identity."""
+
+    ROTATE_CERTIFICATE = "rotate-certificate"
+    WIPE_CREDENTIALS = "wipe-credentials"
+
+
+class CommandStatus(StrEnum):
+    """What a device answers to a command."""
+
+    ACCEPTED = "accepted"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
 
 
 REQUEST_FILTERS = (
@@ -97,6 +120,10 @@ REQUEST_FILTERS = (
     f"{THINGS}/+/jobs/+/get",
     f"{THINGS}/+/jobs/+/update",
     "devices/+/heartbeat",
+    f"{THINGS}/+/shadow/name/{CONFIG_SHADOW}/get",
+    f"{THINGS}/+/shadow/name/{CONFIG_SHADOW}/update",
+    "devices/+/commands/get",
+    "devices/+/commands/response",
 )
 """What the gateway subscribes to. None of them matches a topic the gateway itself publishes to."""
 
@@ -123,6 +150,14 @@ def parse_request_topic(topic: str) -> RequestTopic | None:
             parsed = RequestTopic(Verb.UPDATE, thing, job_id)
         case ["devices", thing, "heartbeat"]:
             parsed = RequestTopic(Verb.HEARTBEAT, thing)
+        case ["$aws", "things", thing, "shadow", "name", "config", "get"]:
+            parsed = RequestTopic(Verb.CONFIG_GET, thing)
+        case ["$aws", "things", thing, "shadow", "name", "config", "update"]:
+            parsed = RequestTopic(Verb.CONFIG_UPDATE, thing)
+        case ["devices", thing, "commands", "get"]:
+            parsed = RequestTopic(Verb.COMMAND_GET, thing)
+        case ["devices", thing, "commands", "response"]:
+            parsed = RequestTopic(Verb.COMMAND_RESPONSE, thing)
         case _:
             return None
     if not THING_NAME.fullmatch(parsed.thing):
@@ -146,3 +181,17 @@ def jobs_topic(thing: str, *parts: str) -> str:
 def heartbeat_topic(thing: str) -> str:
     """`devices/<thing>/heartbeat`."""
     return f"devices/{thing}/heartbeat"
+
+
+def config_topic(thing: str, *parts: str) -> str:
+    """`$aws/things/<thing>/shadow/name/config/part...`, for requests, answers and deltas alike.
+
+    >>> config_topic("motor-7", "get", "accepted")
+    '$aws/things/motor-7/shadow/name/config/get/accepted'
+    """
+    return "/".join((THINGS, thing, "shadow/name", CONFIG_SHADOW, *parts))
+
+
+def command_topic(thing: str, part: str) -> str:
+    """`devices/<thing>/commands/<part>`: get and response from the device, notify and request to it."""
+    return f"devices/{thing}/commands/{part}"

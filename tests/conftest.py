@@ -59,7 +59,12 @@ def database_url() -> Iterator[str]:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-TABLES = "devices, device_credentials, presence, releases, deltas, jobs, waves, executions, job_events, quarantine"
+TABLES = (
+    "devices, device_credentials, presence, releases, deltas, jobs, waves, executions, job_events, quarantine, "
+    "authorities, crls, certificates, claim_batches, claim_serials, enrolments, device_configurations, "
+    "device_commands, device_waits, workflow_outbox, tombstones, brokers, audit_events, alerts, lookup_caches, "
+    "cache_invalidations"
+)
 
 
 @pytest.fixture
@@ -67,6 +72,7 @@ def empty_database(database_url: str) -> str:
     """The database with nothing in it but the schema."""
     with psycopg.connect(database_url, autocommit=True) as connection:
         connection.execute(f"TRUNCATE {TABLES} RESTART IDENTITY")
+        connection.execute("UPDATE access_state SET revision = 0")
     return database_url
 
 

@@ -18,6 +18,9 @@ DISPATCH_QUEUE = "tidegate-dispatch"
 ARTIFACTS_QUEUE = "tidegate-artifacts"
 """CPU-bound work (deltas): few at a time, and best on machines of its own."""
 
+CA_QUEUE = "tidegate-ca"
+"""Activities that sign certificates and revocation lists: only workers that have the CA's key take from it."""
+
 # --- activities of other modules, by name -----------------------------------------------------------------------------
 
 PREPARE_ARTIFACTS = "prepare_artifacts"
@@ -27,6 +30,9 @@ PREPARE_ARTIFACTS = "prepare_artifacts"
 
 WAVE_SOAKING = "wave_soaking"
 """From a wave to whoever started it; by name, because the wave does not know what kind of workflow that is."""
+
+DEVICE_EVENT = "device_event"
+"""To every lifecycle workflow: a models.identity.DeviceEvent, delivered from the outbox (store/waits.py)."""
 
 # --- retries ---------------------------------------------------------------------------------------------------------
 
@@ -83,11 +89,19 @@ ARTIFACTS_HEARTBEAT = timedelta(seconds=30)
 
 KIND_ROLLOUT = "rollout"
 KIND_WAVE = "wave"
+KIND_PROVISIONING = "provisioning"
+KIND_CONFIGURATION = "configuration"
+KIND_ROTATION = "rotation"
+KIND_DECOMMISSION = "decommission"
+KIND_UPKEEP = "upkeep"
 
 KIND = SearchAttributeKey.for_keyword("TidegateKind")
 RELEASE = SearchAttributeKey.for_keyword("TidegateRelease")
 PHASE = SearchAttributeKey.for_keyword("TidegatePhase")
 OUTCOME = SearchAttributeKey.for_keyword("TidegateOutcome")
 
-SEARCH_ATTRIBUTES = (KIND, RELEASE, PHASE, OUTCOME)
+DEVICE = SearchAttributeKey.for_keyword("TidegateDevice")
+"""A lifecycle workflow's device; the serial number while there is no device yet."""
+
+SEARCH_ATTRIBUTES = (KIND, RELEASE, PHASE, OUTCOME, DEVICE)
 """Registered by the worker as it starts (workflows.client.register_search_attributes)."""

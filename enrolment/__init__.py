@@ -1,0 +1,1 @@
+"""The devices' other door: enrolment over HTTPS, by EST (RFC 7030)."""

@@ -1,0 +1,342 @@
+"""What passes between the lifecycle workflows, their activities and whoever starts them.
+
+One input and one result for each workflow and activity; fields added later have defaults. Times are UTC.
+"""
+
+from datetime import datetime, timedelta
+from enum import StrEnum
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+
+from models.device import DeviceId, Label
+from models.ids import BATCH_NAME, SERIAL_NUMBER
+
+MAX_CERTIFICATE_DAYS = 90
+"""No device certificate lives longer: what a revocation list misses ends by itself."""
+
+SerialNumber = Annotated[str, StringConstraints(pattern=f"^{SERIAL_NUMBER.pattern}$")]
+BatchName = Annotated[str, StringConstraints(pattern=f"^{BATCH_NAME.pattern}$")]
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True)
+
+
+class AuthorityKind(StrEnum):
+    """What a CA signs. Brokers trust device certificates alone; enrolment trusts those and claim certificates."""
+
+    DEVICE = "device"
+    CLAIM = "claim"
+    SERVICE = "service"
+
+
+class AuthorityState(StrEnum):
+    """ACTIVE issues; TRUSTED is still believed, and issues nothing; RETIRED is neither."""
+
+    ACTIVE = "active"
+    TRUSTED = "trusted"
+    RETIRED = "retired"
+
+
+class RevocationReason(StrEnum):
+    """Why a certificate was revoked, in RFC 5280's words."""
+
+    UNSPECIFIED = "unspecified"
+    KEY_COMPROMISE = "keyCompromise"
+    SUPERSEDED = "superseded"
+    CESSATION_OF_OPERATION = "cessationOfOperation"
+    PRIVILEGE_WITHDRAWN = "privilegeWithdrawn"
+
+
+class EnrolmentState(StrEnum):
+    """Where a request for a first certificate stands.
+
+    REQUESTED and WAITING (for a person) have no certificate yet; ISSUED has one; ACTIVE: the device has been seen to
+    work. CONFLICT: another key has this serial number, a person decides. CLOSED: over, the serial number is free.
+    """
+
+    REQUESTED = "requested"
+    WAITING = "waiting"
+    ISSUED = "issued"
+    ACTIVE = "active"
+    REFUSED = "refused"
+    FAILED = "failed"
+    CONFLICT = "conflict"
+    CLOSED = "closed"
+
+
+class DeviceHappening(StrEnum):
+    """What a lifecycle workflow can wait for; recorded by the gateway or the enrolment server (store/waits.py)."""
+
+    CONNECTED = "connected"
+    """Anything has come from the device over MQTT."""
+    HEARTBEAT = "heartbeat"
+    CONFIGURED = "configured"
+    """The device reports a configuration version of at least what was asked for."""
+    COMMAND_ANSWERED = "command-answered"
+    """The device has answered a command for good (succeeded or failed)."""
+    CERTIFICATE_ISSUED = "certificate-issued"
+    CERTIFICATE_CONFIRMED = "certificate-confirmed"
+
+
+class DeviceEvent(_Frozen):
+    """The payload of the signal `device_event` of every lifecycle workflow. It may come twice."""
+
+    device_id: str
+    happening: DeviceHappening
+    at: datetime
+    detail: dict[str, Any] = Field(default_factory=dict)
+    """CONFIGURED: `version`. COMMAND_ANSWERED: `request_id`, `status`, `reason`. CERTIFICATE_...: `certificate_id`."""
+
+
+class Decision(_Frozen):
+    """The payload of `approve` and `reject`: a person decides about an enrolment."""
+
+    actor: str
+    reason: str = ""
+
+
+# --- provisioning ----------------------------------------------------------------------------------------------------
+
+
+class ProvisioningLimits(_Frozen):
+    """How long each wait of a provisioning may last. What runs out is undone, and the device is in `error`."""
+
+    approval: timedelta = timedelta(days=7)
+    connect: timedelta = timedelta(hours=24)
+    configure: timedelta = timedelta(hours=1)
+    heartbeat: timedelta = timedelta(hours=1)
+
+
+class ProvisionDeviceInput(_Frozen):
+    """Starts `provision:<serial>`. All that matters of the request is the row `enrolments.enrolment_no`."""
+
+    enrolment_no: int
+    serial_number: SerialNumber
+    limits: ProvisioningLimits = ProvisioningLimits()
+
+
+class ProvisionOutcome(StrEnum):
+    """How a provisioning ended."""
+
+    ACTIVE = "active"
+    REFUSED = "refused"
+    FAILED = "failed"
+
+
+class ProvisionDeviceResult(_Frozen):
+    """What became of it; `reason` for a person."""
+
+    serial_number: str
+    outcome: ProvisionOutcome
+    reason: str
+    device_id: str | None = None
+    certificate_id: str | None = None
+
+
+# --- configuration ---------------------------------------------------------------------------------------------------
+
+
+class ConfigureDeviceInput(_Frozen):
+    """Starts `configure:<device>`, or replaces what a running one waits for."""
+
+    device_id: DeviceId
+    config: dict[str, Any]
+    actor: str
+    reason: str = ""
+    limit: timedelta = timedelta(hours=24)
+
+
+class ConfigureOutcome(StrEnum):
+    """How it ended: the device runs it, or has not said so in time (it stays wanted)."""
+
+    APPLIED = "applied"
+    TIMED_OUT = "timed-out"
+
+
+class ConfigureDeviceResult(_Frozen):
+    """The version that was wanted last, and what became of it."""
+
+    device_id: str
+    version: int
+    outcome: ConfigureOutcome
+    reason: str
+
+
+# --- rotation --------------------------------------------------------------------------------------------------------
+
+
+class RotateCertificateInput(_Frozen):
+    """Starts `rotate:<device>`. `ask`: False where the device has come by itself and needs not be told."""
+
+    device_id: DeviceId
+    actor: str
+    reason: str = ""
+    ask: bool = True
+    renew_within: timedelta = timedelta(days=7)
+    """How long the device has to come for a new certificate."""
+    overlap: timedelta = timedelta(hours=24)
+    """How long both certificates may be valid. Then the one that was not seen to connect is revoked."""
+
+
+class RotateOutcome(StrEnum):
+    """ROTATED: the old certificate is revoked. UNANSWERED: the device never came. REVERTED: it came, and was not seen
+    with the new certificate; the old one stays."""
+
+    ROTATED = "rotated"
+    UNANSWERED = "unanswered"
+    REVERTED = "reverted"
+    REFUSED = "refused"
+
+
+class RotateCertificateResult(_Frozen):
+    """What became of it."""
+
+    device_id: str
+    outcome: RotateOutcome
+    reason: str
+    certificate_id: str | None = None
+    revoked: tuple[str, ...] = ()
+
+
+# --- decommissioning -------------------------------------------------------------------------------------------------
+
+
+class DecommissionDeviceInput(_Frozen):
+    """Starts `decommission:<device>`."""
+
+    device_id: DeviceId
+    actor: str
+    reason: str = ""
+    wipe_within: timedelta = timedelta(minutes=10)
+    """How long the device has to wipe its credentials and say so; then it goes on without."""
+    broker_within: timedelta = timedelta(minutes=2)
+    """How long to wait for brokers to enforce the revocation; then it goes on, with an alert."""
+
+
+class DecommissionDeviceResult(_Frozen):
+    """What was done."""
+
+    device_id: str
+    serial_number: str
+    wiped: bool
+    executions_removed: int
+    certificates_revoked: int
+    retained_cleared: int
+    reason: str
+
+
+# --- what is shown ---------------------------------------------------------------------------------------------------
+
+
+class AuthorityView(BaseModel):
+    """A CA as it is shown."""
+
+    authority_id: str
+    kind: AuthorityKind
+    name: str
+    state: AuthorityState
+    not_before: datetime
+    not_after: datetime
+    certificate: str
+    key_reference: str
+    crl_number: int = 0
+    crl_next_update: datetime | None = None
+    crl_revoked: int | None = None
+
+
+class CertificateView(BaseModel):
+    """A device certificate as it is shown."""
+
+    certificate_id: str
+    device_id: str
+    authority_id: str
+    generation: int
+    serial_hex: str
+    spki_sha256: str
+    not_before: datetime
+    not_after: datetime
+    state: str
+    issued_at: datetime
+    confirmed_at: datetime | None = None
+    revoked_at: datetime | None = None
+    revocation_reason: str | None = None
+
+
+class ClaimBatchSpec(BaseModel):
+    """A batch as an operator describes it."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: BatchName
+    device_type: Label
+    site_id: Label
+    zone: str | None = None
+    manufacturer: str | None = None
+    tags: dict[str, str] = Field(default_factory=dict)
+    config: dict[str, Any] = Field(default_factory=dict)
+    id_prefix: Annotated[str, StringConstraints(pattern=r"^[a-zA-Z0-9:_-]{0,60}$")] = ""
+    approval: Annotated[str, StringConstraints(pattern="^(none|manual)$")] = "none"
+    listed_only: bool = False
+    max_devices: int = Field(ge=1, le=10_000_000)
+    alarm_per_minute: int | None = Field(default=None, ge=1)
+    expires_at: datetime
+
+
+class ClaimBatchView(ClaimBatchSpec):
+    """A batch as it stands."""
+
+    enrolled: int
+    listed: int
+    disabled_at: datetime | None = None
+    disabled_reason: str | None = None
+    created_at: datetime
+    created_by: str
+
+
+class EnrolmentView(BaseModel):
+    """An enrolment as it is shown."""
+
+    enrolment_no: int
+    serial_number: str
+    spki_sha256: str
+    batch: str
+    state: EnrolmentState
+    device_id: str | None = None
+    certificate_id: str | None = None
+    reason: str = ""
+    source: str | None = None
+    requested_at: datetime
+    decided_at: datetime | None = None
+    decided_by: str | None = None
+
+
+class AuditView(BaseModel):
+    """A line of the audit."""
+
+    event_no: int
+    at: datetime
+    actor: str
+    action: str
+    subject_kind: str
+    subject: str
+    reason: str = ""
+    details: dict[str, Any] = Field(default_factory=dict)
+
+
+class AlertView(BaseModel):
+    """An alert as it stands."""
+
+    alert_no: int
+    rule: str
+    subject: str
+    text: str
+    state: str
+    occurrences: int
+    opened_at: datetime
+    last_at: datetime
+    acknowledged_at: datetime | None = None
+    acknowledged_by: str | None = None
+    resolved_at: datetime | None = None
+    resolved_by: str | None = None

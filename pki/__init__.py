@@ -1,0 +1,1 @@
+"""Certificates as bytes: authorities, certificate requests, certificates, revocation lists. No I/O, no clock."""
