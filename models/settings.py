@@ -124,22 +124,21 @@ class Settings(BaseSettings):
             return self
         found = Endpoints.model_validate(json.loads(path.read_text()))
         fills: dict[str, object] = {}
+        files = {"ca_dir": found.ca_dir, "ca_passphrase_file": found.ca_passphrase_file}
         for name in ("database_url", "temporal_address", "artifact_url", "artifact_store", "enrolment_url"):
             if getattr(self, name) is None:
                 fills[name] = getattr(found, name)
         if self.mqtt_url is None and (found.engine_mqtt_url or found.mqtt_host):
             scheme = "mqtts" if found.ca else "mqtt"
             fills["mqtt_url"] = found.engine_mqtt_url or f"{scheme}://{found.mqtt_host}:{found.mqtt_port}"
-            for name, path in (
-                ("mqtt_ca", found.service_ca or found.ca),
-                ("mqtt_certificate", found.service_certificate),
-                ("mqtt_private_key", found.service_private_key),
-            ):
-                if getattr(self, name) is None and path:
-                    fills[name] = Path(path)
-        for name, path in (("ca_dir", found.ca_dir), ("ca_passphrase_file", found.ca_passphrase_file)):
-            if getattr(self, name) is None and path:
-                fills[name] = Path(path)
+            files |= {
+                "mqtt_ca": found.service_ca or found.ca,
+                "mqtt_certificate": found.service_certificate,
+                "mqtt_private_key": found.service_private_key,
+            }
+        for name, file in files.items():
+            if getattr(self, name) is None and file:
+                fills[name] = Path(file)
         if self.order_key is None and found.order_key:
             fills["order_key"] = Path(found.order_key)
         return self.model_copy(update=fills)
