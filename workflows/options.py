@@ -85,11 +85,21 @@ ARTIFACTS_QUEUE_TIMEOUT = timedelta(minutes=5)
 ARTIFACTS_HEARTBEAT = timedelta(seconds=30)
 """Preparing artifacts beats every 5 s."""
 
+CHECK_TIMEOUT = timedelta(seconds=20)
+"""One transaction, and the enrolment hook, which has five seconds."""
+
+REISSUE_TIMEOUT = timedelta(minutes=2)
+"""All attempts together: the device waits for the answer, and asks again."""
+
+CRL_QUEUE_TIMEOUT = timedelta(minutes=2)
+"""How long a provisioning that was undone waits for a revocation list; after that the hourly one has it."""
+
 # --- what a person sees ------------------------------------------------------------------------------------------------
 
 KIND_ROLLOUT = "rollout"
 KIND_WAVE = "wave"
 KIND_PROVISIONING = "provisioning"
+KIND_REISSUE = "reissue"
 KIND_CONFIGURATION = "configuration"
 KIND_ROTATION = "rotation"
 KIND_DECOMMISSION = "decommission"
