@@ -18,7 +18,7 @@ from psycopg.rows import dict_row
 from psycopg.types.json import Jsonb
 
 from domain.enrolment import Batch, device_id_for, judge_batch
-from models.errors import ConflictError, NotFoundError, RefusedError
+from models.errors import ConflictError, InvalidInputError, NotFoundError, RefusedError
 from models.identity import (
     ActivateDeviceInput,
     ActivateDeviceResult,
@@ -72,6 +72,8 @@ class EnrolmentFacts:
     verdict: CheckEnrolmentResult
     serial_number: str
     spki_sha256: str
+    issued: bool
+    """It has its certificate already."""
 
 
 class ProvisioningStore:
@@ -94,7 +96,7 @@ class ProvisioningStore:
         elif row["certificate_id"] is None and row["approval"] == "manual" and row["decided_by"] is None:
             verdict, reason = EnrolmentVerdict.WAIT, f"batch {row['batch']} asks for a person's approval"
         result = CheckEnrolmentResult(verdict=verdict, reason=reason, batch=row["batch"])
-        return EnrolmentFacts(result, row["serial_number"], row["spki_sha256"])
+        return EnrolmentFacts(result, row["serial_number"], row["spki_sha256"], row["certificate_id"] is not None)
 
     async def wait_for_approval(self, enrolment_no: int, reason: str) -> None:
         """Show that a person is waited for. Idempotent: a state is set."""
@@ -120,7 +122,7 @@ class ProvisioningStore:
         try:
             async with self._db.pool.connection() as connection:
                 return await _issue(connection, asked, signer)
-        except (ConflictError, RefusedError) as error:
+        except (ConflictError, RefusedError, InvalidInputError) as error:
             await self.refuse(asked.enrolment_no, ENGINE, str(error))
             return IssueCertificateResult(refused=str(error))
         except errors.UniqueViolation as error:
@@ -189,6 +191,8 @@ class ProvisioningStore:
             else:
                 await _give_place_back(connection, row)
             await forget(connection, asked.workflow_id)
+            # What was told to this run is not to be taken for news by the next one.
+            await connection.execute("DELETE FROM workflow_outbox WHERE workflow_id = %s", (asked.workflow_id,))
             await connection.execute(
                 "UPDATE devices SET status = 'error', updated_at = now() "
                 "WHERE serial_number = %s AND status IN ('provisioning','configured','active')",
@@ -226,7 +230,7 @@ class ProvisioningStore:
 async def _issue(connection: AsyncConnection, asked: IssueCertificateInput, signer: Signer) -> IssueCertificateResult:
     row = await _enrolment(connection, asked.enrolment_no, lock=True)
     if row["certificate_id"] is not None and row["state"] in ("issued", "active"):
-        return await _issued_before(connection, row)
+        return await _issued_before(connection, row, asked.workflow_id)
     _must_be_issuable(row, await _tombstone(connection, row["serial_number"]))
     device = await _device(connection, row["serial_number"])
     reason = asked.reason or f"enrolled through batch {row['batch']}"
@@ -242,10 +246,7 @@ async def _issue(connection: AsyncConnection, asked: IssueCertificateInput, sign
     config = row["config"] if device is None or device["desired_config"] is None else device["desired_config"]
     version = await set_desired(connection, device_id, config, asked.actor, reason) if config else None
     await _credential(connection, device_id, certificate.certificate_id)
-    waits: dict[DeviceHappening, int | None] = {DeviceHappening.CONNECTED: None, DeviceHappening.HEARTBEAT: None}
-    if version is not None:
-        waits[DeviceHappening.CONFIGURED] = version
-    await expect(connection, device_id, asked.workflow_id, waits)
+    await _expect(connection, device_id, asked.workflow_id, version)
     await connection.execute(
         "UPDATE enrolments SET state = 'issued', reason = %s, device_id = %s, certificate_id = %s, "
         "decided_at = COALESCE(decided_at, now()), decided_by = COALESCE(decided_by, %s) WHERE enrolment_no = %s",
@@ -266,18 +267,27 @@ def _must_be_issuable(row: dict[str, Any], retired_at: datetime | None) -> None:
         raise RefusedError(f"serial number {row['serial_number']} was retired on {retired_at:%Y-%m-%d}")
 
 
-async def _issued_before(connection: AsyncConnection, row: dict[str, Any]) -> IssueCertificateResult:
+async def _issued_before(
+    connection: AsyncConnection, row: dict[str, Any], workflow_id: str
+) -> IssueCertificateResult:
+    """Waits may be used up by a run that is gone: they are expected anew, but for a configuration that is taken."""
     cursor = await connection.execute(
-        "SELECT at_least FROM device_waits WHERE device_id = %s AND event = 'configured' AND workflow_id LIKE 'provision:%%' "
-        "UNION ALL SELECT NULLIF(desired_config_version, 0) FROM devices WHERE device_id = %s LIMIT 1",
-        (row["device_id"], row["device_id"]),
+        "SELECT desired_config_version FROM devices WHERE device_id = %s AND desired_config_version > config_version",
+        (row["device_id"],),
     )
-    version = await cursor.fetchone()
+    wanted = await cursor.fetchone()
+    version = None if wanted is None else int(wanted[0])
+    await _expect(connection, row["device_id"], workflow_id, version)
     return IssueCertificateResult(
-        device_id=row["device_id"],
-        certificate_id=row["certificate_id"],
-        config_version=None if version is None else version[0],
+        device_id=row["device_id"], certificate_id=row["certificate_id"], config_version=version
     )
+
+
+async def _expect(connection: AsyncConnection, device_id: str, workflow_id: str, version: int | None) -> None:
+    waits: dict[DeviceHappening, int | None] = {DeviceHappening.CONNECTED: None, DeviceHappening.HEARTBEAT: None}
+    if version is not None:
+        waits[DeviceHappening.CONFIGURED] = version
+    await expect(connection, device_id, workflow_id, waits)
 
 
 async def _create(connection: AsyncConnection, row: dict[str, Any]) -> str:

@@ -26,6 +26,9 @@ CA_QUEUE = "tidegate-ca"
 PREPARE_ARTIFACTS = "prepare_artifacts"
 """activities.artifacts.ArtifactActivities; by name, because a workflow has no use for a delta codec's imports."""
 
+PUBLISH_CRLS = "publish_crls"
+"""activities.authorities.AuthorityActivities; by name, because a workflow has no use for a signer's imports."""
+
 # --- signals ---------------------------------------------------------------------------------------------------------
 
 WAVE_SOAKING = "wave_soaking"
