@@ -12,8 +12,7 @@ from datetime import datetime
 from enum import StrEnum
 from hashlib import sha256
 
-MAX_DEVICE_ID = 64
-"""A certificate's common name has no room for more (X.520)."""
+from models.ids import MAX_COMMON_NAME_CHARS
 
 
 @dataclass(frozen=True)
@@ -157,7 +156,7 @@ def device_id_for(prefix: str, serial_number: str, *, taken: bool = False) -> st
     '4_2-2912aa72'
     """
     plain = prefix + serial_number.replace(".", "_")
-    if "." not in serial_number and len(plain) <= MAX_DEVICE_ID and not taken:
+    if "." not in serial_number and len(plain) <= MAX_COMMON_NAME_CHARS and not taken:
         return plain
     mark = sha256(serial_number.encode()).hexdigest()[:8]
-    return f"{plain[: MAX_DEVICE_ID - 9]}-{mark}"
+    return f"{plain[: MAX_COMMON_NAME_CHARS - 9]}-{mark}"

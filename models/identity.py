@@ -134,6 +134,7 @@ class ProvisionDeviceResult(_Frozen):
     device_id: str | None = None
     certificate_id: str | None = None
 
+
 class EnrolmentVerdict(StrEnum):
     """What a check of an enrolment came to."""
 

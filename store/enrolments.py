@@ -241,9 +241,7 @@ class EnrolmentStore:
                     "WHERE enrolment_no = %s",
                     (reason or "rejected", actor, enrolment_no),
                 )
-                await _settled(
-                    connection, enrolment_no, conflict["serial_number"], actor, "enrolment.rejected", reason
-                )
+                await _settled(connection, enrolment_no, conflict["serial_number"], actor, "enrolment.rejected", reason)
         return await self.get(enrolment_no)
 
 
@@ -292,9 +290,7 @@ async def _facts(
     connection: AsyncConnection, batch: Batch, asked: EnrolmentRequest, live: dict[str, Any] | None
 ) -> Serial:
     async with connection.cursor(row_factory=dict_row) as cursor:
-        await cursor.execute(
-            _FACTS, {"serial": asked.serial_number, "batch": batch.name, "spki": asked.spki_sha256}
-        )
+        await cursor.execute(_FACTS, {"serial": asked.serial_number, "batch": batch.name, "spki": asked.spki_sha256})
         row = await cursor.fetchone()
     assert row is not None
     device = await (await connection.execute(_DEVICE, (asked.serial_number,))).fetchone()

@@ -35,6 +35,7 @@ from models.identity import (
 )
 from store.access import change_access, revoke, share_access, unbar
 from store.audit import append_audit
+from store.certificates import DeviceCertificateRow, certificate_of_key
 from store.configurations import set_desired
 from store.engine import Database
 from store.enrolments import ENGINE, tell
@@ -44,24 +45,12 @@ MAX_UNCONFIRMED = 5
 """Certificates that a device may have been given and never used; who asks for more has to use one of them first."""
 
 
-class IssuedCertificate(Protocol):
-    """What is needed of a certificate's row."""
-
-    @property
-    def certificate_id(self) -> str:
-        """SHA-256 of the DER form."""
-
-    @property
-    def pem(self) -> str:
-        """The certificate."""
-
-
 class Signer(Protocol):
     """activities.signing.CertificateSigner."""
 
     async def issue_device(
         self, connection: AsyncConnection, device_id: str, generation: int, public_key: Any, actor: str
-    ) -> IssuedCertificate:
+    ) -> DeviceCertificateRow:
         """Sign, and write the row; raises ConflictError for a key that has a certificate already."""
 
 
@@ -158,7 +147,9 @@ class ProvisioningStore:
             row = await cursor.fetchone()
             if row is None or row[1] is not None or row[0] != "active":
                 status = "gone" if row is None else f"{row[0]} ({row[1] or 'not barred'})"
-                return ActivateDeviceResult(refused=f"device {asked.device_id} became {status} while it was provisioned")
+                return ActivateDeviceResult(
+                    refused=f"device {asked.device_id} became {status} while it was provisioned"
+                )
             await connection.execute(
                 "UPDATE enrolments SET state = 'active', reason = '' WHERE enrolment_no = %s AND state = 'issued'",
                 (asked.enrolment_no,),
@@ -267,9 +258,7 @@ def _must_be_issuable(row: dict[str, Any], retired_at: datetime | None) -> None:
         raise RefusedError(f"serial number {row['serial_number']} was retired on {retired_at:%Y-%m-%d}")
 
 
-async def _issued_before(
-    connection: AsyncConnection, row: dict[str, Any], workflow_id: str
-) -> IssueCertificateResult:
+async def _issued_before(connection: AsyncConnection, row: dict[str, Any], workflow_id: str) -> IssueCertificateResult:
     """Waits may be used up by a run that is gone: they are expected anew, but for a configuration that is taken."""
     cursor = await connection.execute(
         "SELECT desired_config_version FROM devices WHERE device_id = %s AND desired_config_version > config_version",
@@ -341,9 +330,9 @@ async def _reissue(
 ) -> ReissueCertificateResult:
     await share_access(connection)
     await connection.execute("SELECT FROM devices WHERE device_id = %s FOR UPDATE", (asked.device_id,))
-    found = await _certificate_of_key(connection, asked.device_id, spki)
+    found = await certificate_of_key(connection, spki)
     if found is not None:
-        return _reissued_before(found)
+        return _reissued_before(found, asked.device_id)
     cursor = await connection.execute(
         "SELECT d.status, d.barred_at IS NOT NULL, c.state = 'valid' AND c.not_after > now() "
         "FROM devices d JOIN certificates c USING (device_id) WHERE d.device_id = %s AND c.certificate_id = %s",
@@ -364,28 +353,17 @@ async def _reissue(
         )
     generation = await _next_generation(connection, asked.device_id)
     key = load_pem_public_key(asked.public_key.encode())
-    certificate = await signer.issue_device(
-        connection, asked.device_id, generation, key, f"device:{asked.device_id}"
-    )
+    certificate = await signer.issue_device(connection, asked.device_id, generation, key, f"device:{asked.device_id}")
     await _credential(connection, asked.device_id, certificate.certificate_id)
     detail: Mapping[str, Any] = {"certificate_id": certificate.certificate_id}
     await happened(connection, [(asked.device_id, DeviceHappening.CERTIFICATE_ISSUED, detail)])
     return ReissueCertificateResult(certificate_id=certificate.certificate_id, certificate=certificate.pem)
 
 
-async def _certificate_of_key(connection: AsyncConnection, device_id: str, spki: str) -> dict[str, Any] | None:
-    async with connection.cursor(row_factory=dict_row) as cursor:
-        await cursor.execute(
-            "SELECT device_id = %s AS own, certificate_id, pem, state FROM certificates WHERE spki_sha256 = %s",
-            (device_id, spki),
-        )
-        return await cursor.fetchone()
-
-
-def _reissued_before(found: dict[str, Any]) -> ReissueCertificateResult:
-    if not found["own"] or found["state"] != "valid":
+def _reissued_before(found: DeviceCertificateRow, device_id: str) -> ReissueCertificateResult:
+    if found.device_id != device_id or found.state != "valid":
         raise RefusedError("the key that came has been used already; make a new key")
-    return ReissueCertificateResult(certificate_id=found["certificate_id"], certificate=found["pem"])
+    return ReissueCertificateResult(certificate_id=found.certificate_id, certificate=found.pem)
 
 
 # --- rows --------------------------------------------------------------------------------------------------------------
@@ -427,7 +405,8 @@ def _batch_of(row: dict[str, Any]) -> Batch:
 async def _device(connection: AsyncConnection, serial_number: str) -> dict[str, Any] | None:
     async with connection.cursor(row_factory=dict_row) as cursor:
         await cursor.execute(
-            "SELECT device_id, status, desired_config, barred_at FROM devices WHERE serial_number = %s", (serial_number,)
+            "SELECT device_id, status, desired_config, barred_at FROM devices WHERE serial_number = %s",
+            (serial_number,),
         )
         return await cursor.fetchone()
 
@@ -458,7 +437,9 @@ async def _refuse(connection: AsyncConnection, row: dict[str, Any], actor: str, 
 async def _give_place_back(connection: AsyncConnection, row: dict[str, Any]) -> None:
     """A place is for a device that got a certificate; the row that holds it is the only one that gives it back."""
     if row["counted"]:
-        await connection.execute("UPDATE enrolments SET counted = FALSE WHERE enrolment_no = %s", (row["enrolment_no"],))
+        await connection.execute(
+            "UPDATE enrolments SET counted = FALSE WHERE enrolment_no = %s", (row["enrolment_no"],)
+        )
         await connection.execute(
             "UPDATE claim_batches SET enrolled = enrolled - 1 WHERE name = %s "
             "AND NOT EXISTS (SELECT FROM enrolments WHERE serial_number = %s AND batch = %s AND counted)",

@@ -91,6 +91,9 @@ ARTIFACTS_HEARTBEAT = timedelta(seconds=30)
 CHECK_TIMEOUT = timedelta(seconds=20)
 """One transaction, and the enrolment hook, which has five seconds."""
 
+START_TIMEOUT = timedelta(seconds=5)
+"""Of a call that starts a workflow for a device that waits: it would rather be told to come again."""
+
 REISSUE_TIMEOUT = timedelta(minutes=2)
 """All attempts together: the device waits for the answer, and asks again."""
 

@@ -115,9 +115,7 @@ class ProvisioningWorkflow:
         said = f": {self._rejected.reason}" if self._rejected.reason else ""
         reason = f"rejected by {self._rejected.actor}{said}"
         await steps.refuse(
-            RefuseEnrolmentInput(
-                enrolment_no=self._asked.enrolment_no, actor=self._rejected.actor, reason=reason
-            )
+            RefuseEnrolmentInput(enrolment_no=self._asked.enrolment_no, actor=self._rejected.actor, reason=reason)
         )
         return self._result(ProvisionOutcome.REFUSED, reason)
 
