@@ -133,11 +133,24 @@ def _every(interval: timedelta, action: ScheduleActionStartWorkflow) -> Schedule
     )
 
 
-def _bring_to(wanted: Schedule) -> Callable[[ScheduleUpdateInput], ScheduleUpdate]:
-    def update(found: ScheduleUpdateInput) -> ScheduleUpdate:
-        return ScheduleUpdate(dataclasses.replace(wanted, state=found.description.schedule.state))
+def _bring_to(wanted: Schedule) -> Callable[[ScheduleUpdateInput], ScheduleUpdate | None]:
+    """None where nothing differs: the server takes the last update it gets, and with it what it says of a pause."""
+
+    def update(found: ScheduleUpdateInput) -> ScheduleUpdate | None:
+        known = found.description.schedule
+        if _what(known) == _what(wanted):
+            return None
+        return ScheduleUpdate(dataclasses.replace(wanted, state=known.state))
 
     return update
+
+
+def _what(schedule: Schedule) -> tuple[object, ...]:
+    """What a version may want otherwise. Inputs are left out: every scheduled workflow takes its defaults."""
+    action = schedule.action
+    assert isinstance(action, ScheduleActionStartWorkflow)
+    every = [interval.every for interval in schedule.spec.intervals]
+    return every, schedule.policy.overlap, schedule.policy.catchup_window, action.workflow, action.id, action.task_queue
 
 
 async def start_rollout(client: Client, request: StartRolloutInput) -> WorkflowHandle[RolloutWorkflow, RolloutResult]:

@@ -170,7 +170,7 @@ async def test_a_schedule_is_brought_to_what_this_version_wants_and_stays_paused
     handle = client.get_schedule_handle(options.CRL_SCHEDULE)
 
     async def until(true: Callable[[Schedule], bool]) -> Schedule:
-        """The server shows changes a moment later, and drops those that are made in that moment."""
+        """The server shows changes a moment later."""
         while not true(found := (await handle.describe()).schedule):
             await asyncio.sleep(0.05)
         return found
