@@ -32,7 +32,7 @@ from activities.rollouts import RolloutActivities
 from models.errors import InvalidInputError, TidegateError, UnavailableError
 from models.settings import Settings
 from observe import logs, metrics
-from pki.signer import key_store
+from pki.signer import FileKeyStore, key_store
 from store.deltas import DeltaStore
 from store.engine import Database
 from store.rollouts import RolloutStore
@@ -170,11 +170,9 @@ async def _register(client: Client) -> None:
             log.info("registered search attributes", names=", ".join(added))
 
 
-def _authorities(settings: Settings, db: Database) -> AuthorityActivities | None:
-    """Who signs, where this worker is given the keys. Raises where it is given half of what that takes."""
-    if settings.ca_dir is None:
-        return None
-    return AuthorityActivities(db, key_store(settings), timedelta(hours=settings.crl_hours))
+def _keys(settings: Settings) -> FileKeyStore | None:
+    """The keys of the authorities, where this worker is given them. Raises where it is given half of what that takes."""
+    return key_store(settings) if settings.ca_dir is not None else None
 
 
 async def _schedule(client: Client, settings: Settings) -> None:
@@ -195,6 +193,7 @@ async def serve(settings: Settings) -> None:
             "the worker needs TIDEGATE_DATABASE_URL, TIDEGATE_TEMPORAL_ADDRESS, TIDEGATE_MQTT_URL and "
             "TIDEGATE_ARTIFACT_STORE, or the state directory of a running 'starter.py up'"
         )
+    keys = _keys(settings)
     stop, loop = asyncio.Event(), asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
@@ -206,8 +205,9 @@ async def serve(settings: Settings) -> None:
     publisher = await _patiently("the MQTT broker", lambda: Publisher.connect(settings), stop)
     if client and db and publisher:
         await _register(client)
-        store, authorities = RolloutStore(db), _authorities(settings, db)
-        if authorities is not None:
+        store, authorities = RolloutStore(db), None
+        if keys is not None:
+            authorities = AuthorityActivities(db, keys, timedelta(hours=settings.crl_hours))
             await _schedule(client, settings)
         running = workers(
             client,
