@@ -1,7 +1,8 @@
 """`python worker.py`: runs workflows and activities until SIGTERM; add more of them to scale.
 
 Three task queues: workflows with short activities; dispatch, for activities that last as long as a wave; artifacts, whose
-CPU-bound work runs in processes of its own (activities.delta_builder). All that matters is in PostgreSQL and Temporal: a
+CPU-bound work runs in processes of its own (activities.delta_builder). A fourth where it is given the keys of the
+certificate authorities (TIDEGATE_CA_DIR): signing. All that matters is in PostgreSQL and Temporal: a
 worker may be killed at any moment, and another one goes on within the heartbeat timeout.
 
 It waits for what is not there yet (Temporal, PostgreSQL, the broker), saying so, and registers the search attributes.
@@ -26,18 +27,21 @@ from temporalio.worker import Worker
 
 from activities.artifact_store import ArtifactStore
 from activities.artifacts import ArtifactActivities
+from activities.authorities import AuthorityActivities, AuthorityWatch
 from activities.rollouts import RolloutActivities
 from models.errors import InvalidInputError, TidegateError, UnavailableError
 from models.settings import Settings
 from observe import logs, metrics
+from pki.signer import FileKeyStore, key_store
 from store.deltas import DeltaStore
 from store.engine import Database
 from store.rollouts import RolloutStore
 from transport.publisher import Publisher
 from workflows import options
-from workflows.client import connect, register_search_attributes
+from workflows.client import connect, ensure_schedules, register_search_attributes
 from workflows.rollout import RolloutWorkflow
 from workflows.sandbox import runner
+from workflows.upkeep import CrlUpkeepWorkflow
 from workflows.wave import WaveWorkflow
 
 log = structlog.get_logger("worker")
@@ -60,6 +64,9 @@ SHORT_ACTIVITIES = 50
 BUILDERS = 1
 """Rollouts whose deltas are built at one time: a build takes a core and 17 times the image in memory."""
 
+SIGNERS = 20
+"""Activities that sign at one time: each has a transaction open while the signer answers."""
+
 DATABASE_CONNECTIONS = 50
 
 T = TypeVar("T")
@@ -80,8 +87,14 @@ async def _patiently(what: str, attempt: Callable[[], Awaitable[T]], stop: async
     return None
 
 
-def workers(client: Client, rollouts: RolloutActivities, artifacts: ArtifactActivities) -> list[Worker]:
-    """One worker per task queue."""
+def workers(
+    client: Client,
+    rollouts: RolloutActivities,
+    artifacts: ArtifactActivities,
+    watch: AuthorityWatch,
+    authorities: AuthorityActivities | None = None,
+) -> list[Worker]:
+    """One worker per task queue; that of the CA only where there are keys."""
     common: dict[str, Any] = {
         "identity": f"{socket.gethostname()}/{os.getpid()}",
         "graceful_shutdown_timeout": GRACE,
@@ -89,7 +102,7 @@ def workers(client: Client, rollouts: RolloutActivities, artifacts: ArtifactActi
     light = Worker(
         client,
         task_queue=options.TASK_QUEUE,
-        workflows=[RolloutWorkflow, WaveWorkflow],
+        workflows=[RolloutWorkflow, WaveWorkflow, CrlUpkeepWorkflow],
         activities=[
             rollouts.plan_rollout,
             rollouts.write_plain_document,
@@ -97,6 +110,7 @@ def workers(client: Client, rollouts: RolloutActivities, artifacts: ArtifactActi
             rollouts.check_promotable,
             rollouts.set_job_status,
             rollouts.adjust_pace,
+            watch.check_authorities,
         ],
         workflow_runner=runner(),
         max_concurrent_activities=SHORT_ACTIVITIES,
@@ -118,7 +132,16 @@ def workers(client: Client, rollouts: RolloutActivities, artifacts: ArtifactActi
         max_concurrent_activities=BUILDERS,
         **common,
     )
-    return [light, dispatch, cpu]
+    if authorities is None:
+        return [light, dispatch, cpu]
+    signing = Worker(
+        client,
+        task_queue=options.CA_QUEUE,
+        activities=[authorities.publish_crls],
+        max_concurrent_activities=SIGNERS,
+        **common,
+    )
+    return [light, dispatch, cpu, signing]
 
 
 def _runtime(settings: Settings) -> tuple[Runtime, int]:
@@ -147,6 +170,22 @@ async def _register(client: Client) -> None:
             log.info("registered search attributes", names=", ".join(added))
 
 
+def _keys(settings: Settings) -> FileKeyStore | None:
+    """The keys of the authorities, where this worker is given them. Raises where it is given half of what that takes."""
+    return key_store(settings) if settings.ca_dir is not None else None
+
+
+async def _schedule(client: Client, settings: Settings) -> None:
+    """Upkeep by the clock; a worker that signs makes the schedules, because without one there is nothing to keep."""
+    try:
+        made = await ensure_schedules(client, timedelta(hours=settings.crl_hours))
+    except RPCError as error:
+        log.warning("cannot make schedules; revocation lists are signed on revocations alone", reason=str(error))
+    else:
+        if made:
+            log.info("made schedules", names=", ".join(made))
+
+
 async def serve(settings: Settings) -> None:
     """Run until SIGTERM or SIGINT."""
     if not settings.database_url or not settings.temporal_address:
@@ -154,6 +193,7 @@ async def serve(settings: Settings) -> None:
             "the worker needs TIDEGATE_DATABASE_URL, TIDEGATE_TEMPORAL_ADDRESS, TIDEGATE_MQTT_URL and "
             "TIDEGATE_ARTIFACT_STORE, or the state directory of a running 'starter.py up'"
         )
+    keys = _keys(settings)
     stop, loop = asyncio.Event(), asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
@@ -165,11 +205,16 @@ async def serve(settings: Settings) -> None:
     publisher = await _patiently("the MQTT broker", lambda: Publisher.connect(settings), stop)
     if client and db and publisher:
         await _register(client)
-        store = RolloutStore(db)
+        store, authorities = RolloutStore(db), None
+        if keys is not None:
+            authorities = AuthorityActivities(db, keys, timedelta(hours=settings.crl_hours))
+            await _schedule(client, settings)
         running = workers(
             client,
             RolloutActivities(store, publisher),
             ArtifactActivities(ArtifactStore.of(settings), DeltaStore(db), store),
+            AuthorityWatch(db),
+            authorities,
         )
         async with asyncio.TaskGroup() as group:
             for worker in running:

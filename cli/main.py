@@ -9,7 +9,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from cli import device, release, rollout
+from cli import ca, device, release, rollout
 from cli.command import DebugOption, JsonOption, Session, Shared, StateOption, command, guarded
 from cli.output import EXIT_HELP, ExitStatus
 from cli.up import up
@@ -73,6 +73,7 @@ async def migrate_database(session: Session) -> None:
     session.out.result({"migrated": True}, "the database has the schema of this version")
 
 
+app.add_typer(ca.app, name="ca")
 app.add_typer(device.app, name="device")
 app.add_typer(release.app, name="release")
 app.add_typer(rollout.app, name="rollout")
