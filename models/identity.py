@@ -265,6 +265,32 @@ class CertificateView(BaseModel):
     revocation_reason: str | None = None
 
 
+class ConfigurationView(BaseModel):
+    """A version of a device's configuration as it is shown."""
+
+    device_id: str
+    version: int
+    config: dict[str, Any]
+    actor: str
+    reason: str = ""
+    created_at: datetime
+    acknowledged_at: datetime | None = None
+
+
+class CommandView(BaseModel):
+    """A command to a device as it is shown."""
+
+    request_id: str
+    device_id: str
+    operation: str
+    state: str
+    requested_by: str
+    created_at: datetime
+    expires_at: datetime
+    answered_at: datetime | None = None
+    answer: str | None = None
+
+
 class ClaimBatchSpec(BaseModel):
     """A batch as an operator describes it."""
 
