@@ -23,8 +23,8 @@ from models.lifecycle import (
     ClearedRetained,
     ClearRetainedInput,
     EndDecommissionInput,
-    RetireDeviceInput,
     RetiredDevice,
+    RetireDeviceInput,
     StopFlowsInput,
     WipeAsked,
 )
@@ -115,7 +115,7 @@ class DecommissionActivities:
         await self.records.end(asked)
 
     @activity.defn
-    async def alert_of_decommission(self, asked: DecommissionDeviceInput) -> None:
+    async def alert_retained_left(self, asked: DecommissionDeviceInput) -> None:
         """Retained messages could not be cleared: people are told. Idempotent: one alert for each device."""
         text = (
             f"messages that a broker keeps of {asked.device_id} could not be cleared when it was decommissioned; "

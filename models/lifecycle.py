@@ -61,12 +61,6 @@ class ConfigurationSeen(_Frozen):
 # --- rotation --------------------------------------------------------------------------------------------------------
 
 
-class LookAtCertificatesInput(_Frozen):
-    """Which certificates a device has before a rotation."""
-
-    device_id: DeviceId
-
-
 class CertificatesSeen(_Frozen):
     """`old`: to be replaced, the newest of them first. `new`: issued already, and not seen to connect yet.
 

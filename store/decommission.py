@@ -16,8 +16,8 @@ from models.lifecycle import (
     BeginDecommissionInput,
     BegunDecommission,
     EndDecommissionInput,
-    RetireDeviceInput,
     RetiredDevice,
+    RetireDeviceInput,
     WipeAsked,
 )
 from models.protocol import CommandStatus, Operation
@@ -204,4 +204,3 @@ async def _retired_before(connection: AsyncConnection, device_id: str, revision:
         executions_removed=int(details.get("executions_removed", 0)),
         certificates_revoked=int(details.get("certificates_revoked", 0)),
     )
-

@@ -253,9 +253,7 @@ async def _settle(connection: AsyncConnection, asked: EndRotationInput, confirme
     )
     if noted.rowcount:
         details = {"certificate_id": confirmed, "superseded": others}
-        await append_audit(
-            connection, asked.actor, "certificate.rotated", "device", device_id, asked.reason, details
-        )
+        await append_audit(connection, asked.actor, "certificate.rotated", "device", device_id, asked.reason, details)
     await _stop_asking(connection, asked, "canceled", "the device has a new certificate, and has been seen with it")
     for rule in (ENDING_ALERT, REVERTED_ALERT):
         await resolve_alert(connection, rule, device_id, asked.actor)
@@ -305,4 +303,3 @@ async def _alert_if_ending(connection: AsyncConnection, device_id: str, tried: s
     share = share_left(row[0], row[1], datetime.now(UTC))
     if (text := ending_text(device_id, share, row[1], tried)) is not None:
         await raise_alert(connection, ENDING_ALERT, device_id, text)
-
