@@ -40,7 +40,6 @@ from models.lifecycle import (
     WipeAsked,
 )
 
-
 OLD = CertificatesSeen(old=("old",))
 SETTLED = EndedRotation(kept="new", confirmed=True, issued=True, revoked=("old",))
 GIVEN_UP = EndedRotation(kept="old", reason="it did not come")
