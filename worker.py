@@ -29,18 +29,23 @@ from activities.artifact_store import ArtifactStore
 from activities.artifacts import ArtifactActivities
 from activities.configuration import ConfigurationActivities
 from activities.decommission import DecommissionActivities
+from activities.enrolment_hook import EnrolmentHook
 from activities.fleet_rotation import FleetRotationActivities
+from activities.provisioning import IssuingActivities, ProvisioningActivities
 from activities.relay import OutboxRelay
 from activities.rollouts import RolloutActivities
 from activities.rotation import RotationActivities
+from activities.signing import CertificateSigner
 from models.errors import InvalidInputError, TidegateError, UnavailableError
 from models.lifecycle import RotateFleetInput
 from models.settings import Settings
 from observe import logs, metrics
+from pki.signer import key_store
 from store.configuring import ConfiguringStore
 from store.decommission import DecommissionStore
 from store.deltas import DeltaStore
 from store.engine import Database
+from store.provisioning import ProvisioningStore
 from store.rollouts import RolloutStore
 from store.rotation import RotationStore
 from transport.publisher import Publisher
@@ -51,6 +56,8 @@ from workflows.configuration import ConfigurationWorkflow
 from workflows.decommission import DecommissionWorkflow
 from workflows.fleet_rotation import FleetRotationWorkflow
 from workflows.lifecycle_client import ROTATION_SCHEDULE, TemporalFlows, ensure_rotation_schedule
+from workflows.provisioning import ProvisioningWorkflow
+from workflows.reissue import ReissueCertificateWorkflow
 from workflows.rollout import RolloutWorkflow
 from workflows.rotation import CertificateRotationWorkflow
 from workflows.sandbox import runner
@@ -75,6 +82,9 @@ DRIVERS = 200
 SHORT_ACTIVITIES = 50
 BUILDERS = 1
 """Rollouts whose deltas are built at one time: a build takes a core and 17 times the image in memory."""
+
+SIGNERS = 20
+"""Certificates made at one time by one worker: each is a transaction with a signature in it."""
 
 DATABASE_CONNECTIONS = 50
 
@@ -153,9 +163,14 @@ LIFECYCLE_WORKFLOWS: list[type] = [
 
 
 def workers(
-    client: Client, rollouts: RolloutActivities, artifacts: ArtifactActivities, lifecycle: Lifecycle
+    client: Client,
+    rollouts: RolloutActivities,
+    artifacts: ArtifactActivities,
+    provisioning: ProvisioningActivities,
+    issuing: IssuingActivities | None,
+    lifecycle: Lifecycle,
 ) -> list[Worker]:
-    """One worker per task queue."""
+    """One worker per task queue; that of the CA only where its key is."""
     common: dict[str, Any] = {
         "identity": f"{socket.gethostname()}/{os.getpid()}",
         "graceful_shutdown_timeout": GRACE,
@@ -163,7 +178,13 @@ def workers(
     light = Worker(
         client,
         task_queue=options.TASK_QUEUE,
-        workflows=[RolloutWorkflow, WaveWorkflow, *LIFECYCLE_WORKFLOWS],
+        workflows=[
+            RolloutWorkflow,
+            WaveWorkflow,
+            ProvisioningWorkflow,
+            ReissueCertificateWorkflow,
+            *LIFECYCLE_WORKFLOWS,
+        ],
         activities=[
             rollouts.plan_rollout,
             rollouts.write_plain_document,
@@ -171,6 +192,11 @@ def workers(
             rollouts.check_promotable,
             rollouts.set_job_status,
             rollouts.adjust_pace,
+            provisioning.check_enrolment,
+            provisioning.refuse_enrolment,
+            provisioning.mark_configured,
+            provisioning.activate_device,
+            provisioning.undo_provisioning,
             *lifecycle.short,
         ],
         workflow_runner=runner(),
@@ -193,7 +219,24 @@ def workers(
         max_concurrent_activities=BUILDERS,
         **common,
     )
-    return [light, dispatch, cpu]
+    if issuing is None:
+        return [light, dispatch, cpu]
+    ca = Worker(
+        client,
+        task_queue=options.CA_QUEUE,
+        activities=[issuing.issue_certificate, issuing.reissue_certificate],
+        max_concurrent_activities=SIGNERS,
+        **common,
+    )
+    return [light, dispatch, cpu, ca]
+
+
+def _issuing(settings: Settings, db: Database) -> IssuingActivities | None:
+    """What signs certificates; None in a worker that has no CA's key."""
+    if settings.ca_dir is None:
+        return None
+    signer = CertificateSigner(db, key_store(settings), days=settings.certificate_days)
+    return IssuingActivities(ProvisioningStore(db), signer)
 
 
 def _runtime(settings: Settings) -> tuple[Runtime, int]:
@@ -255,6 +298,8 @@ async def serve(settings: Settings) -> None:
             client,
             RolloutActivities(store, publisher),
             ArtifactActivities(ArtifactStore.of(settings), DeltaStore(db), store),
+            ProvisioningActivities(ProvisioningStore(db), EnrolmentHook(settings.enrolment_hook_url)),
+            _issuing(settings, db),
             Lifecycle.of(db, client, publisher, settings),
         )
         await _schedule(client, settings)

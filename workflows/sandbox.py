@@ -17,6 +17,7 @@ PASSED_THROUGH = (
     "workflows.options",
     "workflows.steps",
     "workflows.lifecycle_steps",
+    "workflows.provisioning_steps",
     "workflows.sandbox",
     "orjson",
     "structlog",
