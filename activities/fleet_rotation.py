@@ -77,6 +77,7 @@ def _rotation(asked: RotateFleetInput, device: DueCertificate) -> RotateCertific
         device_id=device.device_id,
         actor=asked.actor,
         reason=said,
+        ask=device.ask,
         renew_within=asked.renew_within,
         overlap=asked.overlap,
     )

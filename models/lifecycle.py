@@ -147,6 +147,8 @@ class DueCertificate(_Frozen):
     certificate_id: str
     not_after: datetime
     reason: str
+    ask: bool = True
+    """False: it has a new one already, and nobody saw to it that one of the two was revoked."""
 
 
 class RotationFigures(_Frozen):

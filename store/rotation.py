@@ -56,17 +56,24 @@ _LEFT_ALONE = """
 """A try that is recent: it was asked, or has a certificate that is new. New is at most a quarter of a certificate's
 life, or those that live for a day would not be renewed in time."""
 
+_OVERLAPS = """
+(n.issued_at < now() - %(overlap)s::interval AND EXISTS (
+   SELECT FROM certificates o WHERE o.device_id = n.device_id AND o.state = 'valid' AND o.not_after > now()
+   AND o.generation < n.generation))
+"""
+"""Two are valid for longer than they may be: whoever was to end that is gone."""
+
 _DUE = f"""
 WITH newest AS ({_NEWEST})
-SELECT n.device_id, n.certificate_id, n.not_after,
-       CASE WHEN a.state <> 'active' THEN 'its CA ' || a.name || ' is ' || a.state
+SELECT n.device_id, n.certificate_id, n.not_after, NOT {_OVERLAPS} AS ask,
+       CASE WHEN {_OVERLAPS} THEN 'two certificates are valid for longer than they may overlap'
+            WHEN a.state <> 'active' THEN 'its CA ' || a.name || ' is ' || a.state
             WHEN {_IS_DUE} THEN 'less than ' || %(percent)s || ' %% of its life is left'
             ELSE 'all are asked' END AS reason
 FROM newest n JOIN devices d USING (device_id) JOIN authorities a USING (authority_id)
 WHERE d.status NOT IN ('retired','provisioning') AND d.barred_at IS NULL
-  AND (%(everything)s OR a.state <> 'active' OR {_IS_DUE})
   AND (%(sites)s::text[] IS NULL OR d.site_id = ANY(%(sites)s))
-  AND NOT {_LEFT_ALONE}
+  AND ({_OVERLAPS} OR (%(everything)s OR a.state <> 'active' OR {_IS_DUE}) AND NOT {_LEFT_ALONE})
   AND (%(after_end)s::timestamptz IS NULL OR (n.not_after, n.device_id) > (%(after_end)s, %(after_device)s))
 ORDER BY n.not_after, n.device_id LIMIT %(limit)s
 """
@@ -166,6 +173,9 @@ class RotationStore:
                 await revoke(
                     connection, asked.device_id, RevocationReason.SUPERSEDED, asked.actor, asked.reason, only=new
                 )
+                await connection.execute(
+                    "UPDATE device_credentials SET certificate_id = %s WHERE device_id = %s", (old[0], asked.device_id)
+                )
                 text = f"{asked.device_id} fetched a new certificate and was not seen with it: {asked.reason}"
                 await raise_alert(connection, REVERTED_ALERT, asked.device_id, text)
             await _stop_asking(connection, asked, "expired", asked.reason)
@@ -223,6 +233,7 @@ def _rule(asked: RotateFleetInput) -> dict[str, object]:
         "everything": asked.everything,
         "sites": list(asked.sites) or None,
         "left_alone": asked.left_alone,
+        "overlap": asked.overlap,
         "operation": Operation.ROTATE_CERTIFICATE.value,
     }
 
@@ -248,7 +259,8 @@ async def _settle(connection: AsyncConnection, asked: EndRotationInput, confirme
     noted = await connection.execute(
         "INSERT INTO device_credentials AS c (device_id, certificate_id, last_rotation) VALUES (%s, %s, now()) "
         "ON CONFLICT (device_id) DO UPDATE SET certificate_id = excluded.certificate_id, last_rotation = now() "
-        "WHERE c.certificate_id IS DISTINCT FROM excluded.certificate_id",
+        "WHERE c.certificate_id IS DISTINCT FROM excluded.certificate_id OR c.last_rotation IS NULL OR c.last_rotation < "
+        "(SELECT confirmed_at FROM certificates k WHERE k.certificate_id = excluded.certificate_id)",
         (device_id, confirmed),
     )
     if noted.rowcount:

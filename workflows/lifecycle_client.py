@@ -52,7 +52,7 @@ from workflows.decommission import DecommissionWorkflow
 from workflows.fleet_rotation import FleetRotationWorkflow
 from workflows.rotation import CertificateRotationWorkflow
 
-ROTATION_SCHEDULE = "tidegate-rotation"
+ROTATION_SCHEDULE, CRL_SCHEDULE = "tidegate-rotation", "tidegate-crl"
 SWEEP_EVERY = timedelta(hours=1)
 """Certificates live for weeks; an hour is soon enough."""
 
@@ -148,6 +148,11 @@ async def ensure_rotation_schedule(client: Client, asked: RotateFleetInput) -> b
     except ScheduleAlreadyRunningError:
         return False
     return True
+
+
+async def trigger_crl_upkeep(client: Client) -> None:
+    """Have the revocation lists that are due signed now. Raises RPCError NOT_FOUND where no schedule does it."""
+    await client.get_schedule_handle(CRL_SCHEDULE).trigger()
 
 
 @dataclass

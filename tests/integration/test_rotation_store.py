@@ -270,8 +270,8 @@ async def test_only_the_newest_certificate_counts_and_all_can_be_asked_for_by_si
     await add_certificate(db, "pump-1", age=2 * DAY)
     async with db.pool.connection() as connection:
         await connection.execute("UPDATE devices SET site_id = 'oslo' WHERE device_id = 'pump-1'")
-    assert await due(store) == {}
-    assert set(await due(store, everything=True)) == {DEVICE, "pump-1"}
+    assert await due(store, overlap=30 * DAY) == {}
+    assert set(await due(store, everything=True, overlap=30 * DAY)) == {DEVICE, "pump-1"}
     assert set(await due(store, everything=True, sites=("oslo",))) == {"pump-1"}
 
 
@@ -286,6 +286,17 @@ async def test_a_device_that_was_asked_or_renewed_lately_is_left_alone(store: Ro
     assert set(await due(store)) == {DEVICE}
     await add_certificate(db, DEVICE, 2)
     assert await due(store, everything=True) == {}
+
+
+async def test_two_certificates_that_nobody_watches_over_are_found_when_their_overlap_is_over(
+    store: RotationStore, db: Database
+) -> None:
+    await add_certificate(db, DEVICE, age=30 * DAY)
+    await add_certificate(db, DEVICE, 2, age=DAY / 2, confirmed=False)
+    assert await due(store) == {}
+    [found] = await store.due(RotateFleetInput(overlap=DAY / 4), 10)
+    assert (found.device_id, found.ask) == (DEVICE, False)
+    assert found.reason == "two certificates are valid for longer than they may overlap"
 
 
 async def test_certificates_that_live_for_a_day_are_renewed_in_time(store: RotationStore, db: Database) -> None:
