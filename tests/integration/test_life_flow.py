@@ -33,6 +33,8 @@ from models.identity import (
     ConfigureDeviceInput,
     ConfigureOutcome,
     DecommissionDeviceInput,
+    PublishCrlsInput,
+    PublishCrlsResult,
     RotateCertificateInput,
     RotateOutcome,
 )
@@ -173,9 +175,10 @@ class World:
                 await listener
 
     @activity.defn(name=options.PUBLISH_CRLS)
-    async def publish_crls(self, _asked: dict[str, Any] | None = None) -> None:
+    async def publish_crls(self, _asked: PublishCrlsInput) -> PublishCrlsResult:
         """What a worker with the CA's key would do."""
         self.lists_signed += 1
+        return PublishCrlsResult()
 
 
 @pytest_asyncio.fixture
@@ -331,7 +334,7 @@ async def test_the_schedule_is_made_once_and_skips_what_overlaps(world: World) -
     schedule = client.get_schedule_handle("tidegate-rotation")
     described = await schedule.describe()
     policy = described.schedule.policy
-    assert (policy.overlap.name, policy.catchup_window) == ("SKIP", timedelta(minutes=10))
+    assert (policy.overlap.name, policy.catchup_window) == ("SKIP", options.CATCH_UP)
     await schedule.trigger()
     await world.until(lambda: _swept(world))
     await schedule.delete()
