@@ -253,8 +253,8 @@ def make_request(key: ec.EllipticCurvePrivateKey, serial_number: str) -> bytes:
     return builder.sign(key, hashes.SHA256()).public_bytes(Encoding.DER)
 
 
-def public_bytes(owner: ec.EllipticCurvePrivateKey | x509.Certificate) -> bytes:
-    """The public key of a key or a certificate, as bytes that can be compared."""
+def public_bytes(owner: ec.EllipticCurvePrivateKey | x509.Certificate | x509.CertificateSigningRequest) -> bytes:
+    """The public key of a key, a certificate or a request, as bytes that can be compared."""
     return owner.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
 
 

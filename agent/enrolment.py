@@ -23,6 +23,7 @@ from urllib.parse import urlsplit
 
 import httpx
 from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.serialization import pkcs7
 
 from agent.credentials import Credentials, Pair, Standing, make_request
@@ -186,7 +187,7 @@ def _certificates(body: bytes) -> list[x509.Certificate]:
     """The certificates of a certs-only PKCS#7 in base64 (RFC 7030, section 4.1.3)."""
     try:
         found: Sequence[x509.Certificate] = pkcs7.load_der_pkcs7_certificates(base64.b64decode(body))
-    except (ValueError, binascii.Error) as error:
+    except (ValueError, binascii.Error, UnsupportedAlgorithm) as error:
         raise EnrolmentError(f"cannot read the server's answer of {len(body)} bytes: {error}") from error
     if not 1 <= len(found) <= MAX_CERTIFICATES:
         raise EnrolmentError(f"the server's answer holds {len(found)} certificates, expected 1 to {MAX_CERTIFICATES}")
