@@ -17,7 +17,7 @@ from typing import Any
 from agent.client import JobsClient, Passports
 from agent.credentials import Credentials, Pair, Standing
 from agent.enrolment import Enroller
-from agent.errors import EnrolmentError, RecordError, RequestError, RotationError
+from agent.errors import CredentialError, EnrolmentError, RecordError, RequestError, RotationError
 from agent.records import decode_record, encode_record
 from agent.rotation import Rotation
 from agent.storage import Storage, replace_durably
@@ -138,7 +138,7 @@ class Commander:
                     return
                 failures = 0 if settled else failures + 1
                 seconds = self._rhythm.retry_seconds if found else self._pause(failures)
-            except (RequestError, EnrolmentError, OSError) as error:
+            except (RequestError, EnrolmentError, CredentialError, OSError) as error:
                 _say(self._client.thing, error)
                 failures += 1
                 seconds = self._pause(failures)
@@ -164,7 +164,7 @@ class Commander:
                 await self._rotation.settle()
         except RotationError as error:
             _say(self._client.thing, error)
-        except EnrolmentError as error:
+        except (EnrolmentError, CredentialError) as error:
             _say(self._client.thing, error)
             return False
         return True

@@ -6,15 +6,17 @@ key gets the same certificate.
 
 ```python
 server = EnrolmentServer("https://enrol.example:8443", Path("ca.pem"))
-thing = await enrol(credentials, server, claim, "SN-000123")
+thing = await enrol_for_good(credentials, server, claim, "SN-000123")
 ```
 """
 
 import asyncio
 import base64
 import binascii
+import contextlib
 import random
 import ssl
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +29,7 @@ from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.serialization import pkcs7
 
 from agent.credentials import Credentials, Pair, Standing, make_request
-from agent.errors import CredentialError, EnrolmentAwayError, EnrolmentError, EnrolmentRefusedError
+from agent.errors import CredentialError, EnrolmentAwayError, EnrolmentError, EnrolmentRefusedError, WipedError
 from models.errors import InvalidInputError
 
 EST = "/.well-known/est"
@@ -60,6 +62,10 @@ class EnrolmentPatience:
 class Enroller(Protocol):
     """What a device needs of the enrolment server. All of it raises EnrolmentError."""
 
+    @property
+    def patience(self) -> EnrolmentPatience:
+        """How its requests are spread."""
+
     async def enroll(self, claim: Claim, request: bytes) -> list[x509.Certificate]:
         """A first certificate."""
 
@@ -71,15 +77,25 @@ class Enroller(Protocol):
 
 
 class EnrolmentServer:
-    """An enrolment server at an https address; `ca` is what its certificate is checked against."""
+    """An enrolment server at an https address; `ca` is what its certificate is checked against.
 
-    def __init__(self, url: str, ca: Path | None, patience: EnrolmentPatience | None = None) -> None:
+    `at_once`: requests that one process of many devices has under way at the same time.
+    """
+
+    def __init__(
+        self, url: str, ca: Path | None, patience: EnrolmentPatience | None = None, at_once: int | None = None
+    ) -> None:
         parts = urlsplit(url)
         if parts.scheme != "https" or not parts.hostname:
             raise InvalidInputError(f"not an enrolment server's address: {url!r}, expected https://host:port")
         self.url = url.rstrip("/")
-        self.patience = patience or EnrolmentPatience()
+        self._patience = patience or EnrolmentPatience()
         self._ca = ca
+        self._places = asyncio.Semaphore(at_once) if at_once else contextlib.nullcontext()
+
+    @property
+    def patience(self) -> EnrolmentPatience:
+        return self._patience
 
     async def authorities(self) -> list[x509.Certificate]:
         """EST `cacerts`: the CAs that the server vouches for."""
@@ -103,9 +119,9 @@ class EnrolmentServer:
         """One exchange; the body of a 200 or 204."""
         what = f"{method} {self.url}{path}"
         headers = {"Content-Type": "application/pkcs10", "Content-Transfer-Encoding": "base64"} if request else {}
-        context = await asyncio.to_thread(self._context, files)
+        context = self._context(files)
         try:
-            async with asyncio.timeout(self.patience.answer_seconds):
+            async with self._places, asyncio.timeout(self.patience.answer_seconds):
                 async with httpx.AsyncClient(verify=context, timeout=None, trust_env=False) as http:
                     async with http.stream(
                         method, self.url + path, content=base64.b64encode(request), headers=headers
@@ -134,29 +150,44 @@ class EnrolmentServer:
         return context
 
 
-async def enrol(
-    credentials: Credentials, server: Enroller, claim: Claim, serial_number: str, patience: EnrolmentPatience
-) -> str:
+async def enrol_for_good(credentials: Credentials, server: Enroller, claim: Claim, serial_number: str) -> str:
+    """`enrol`, and again after a no or an answer that cannot be used: a person may allow it meanwhile."""
+    while True:
+        try:
+            return await enrol(credentials, server, claim, serial_number)
+        except EnrolmentError as error:
+            seconds = server.patience.refused_seconds
+            print(f"{serial_number}: {error}; trying again in about {seconds:g} s", file=sys.stderr, flush=True)
+            await asyncio.sleep(seconds * random.uniform(0.5, 1.5))
+
+
+async def enrol(credentials: Credentials, server: Enroller, claim: Claim, serial_number: str) -> str:
     """Get the device its first certificate, however long it takes; its thing name.
 
     A device that has one keeps it. A cut at any moment is made good by calling this again: the key is the same.
 
     Raises:
-        CredentialError: the device was wiped, or the claim's files cannot be used.
-        EnrolmentRefusedError: the server's clear no.
+        WipedError: its credentials were wiped by command.
+        CredentialError: the claim's files cannot be used.
+        EnrolmentError: the server's clear no, or an answer that is of no use.
     """
     if credentials.record.standing is Standing.WIPED:
-        raise CredentialError("this device was wiped; it enrols again only when told to (--enrol-again)")
+        raise WipedError("this device was wiped; it enrols again only when told to (--enrol-again)")
     if credentials.record.current is not None:
         return credentials.thing_name
     failures = 0
     while not credentials.record.next_ready:
         request = make_request(credentials.prepare(FIRST), serial_number)
         try:
-            credentials.keep(await server.enroll(claim, request))
+            certificates = await server.enroll(claim, request)
         except EnrolmentAwayError as error:
-            await asyncio.sleep(pause(patience, failures, error.retry_after_seconds))
+            await asyncio.sleep(pause(server.patience, failures, error.retry_after_seconds))
             failures += 1
+            continue
+        try:
+            credentials.keep(certificates)
+        except CredentialError as error:
+            raise EnrolmentError(f"cannot use the server's answer: {error}") from error
     credentials.promote()
     return credentials.thing_name
 

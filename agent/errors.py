@@ -5,6 +5,7 @@ TidegateError (models.errors)
 ├── BrickedError             no slot can be booted: the one state that must not be reachable
 ├── RecordError              a state record that is not what was written
 ├── CredentialError          a key or certificate that is missing or is not this device's
+│   └── WipedError           its credentials were wiped by command
 ├── EnrolmentError           a request to the enrolment server
 │   ├── EnrolmentRefusedError  it said no, and why; asking again at once brings nothing
 │   └── EnrolmentAwayError   it did not answer, or has no answer yet
@@ -38,6 +39,10 @@ class RecordError(TidegateError):
 
 class CredentialError(TidegateError):
     """A key or a certificate that is missing, or is not this device's."""
+
+
+class WipedError(CredentialError):
+    """The device was wiped: it has no credentials, and gets none until a person wants it to."""
 
 
 class EnrolmentError(TidegateError):

@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable
 
 from agent.credentials import Credentials, Pair, make_request
 from agent.enrolment import Enroller
-from agent.errors import EnrolmentAwayError, EnrolmentRefusedError, RotationError
+from agent.errors import CredentialError, EnrolmentAwayError, EnrolmentError, EnrolmentRefusedError, RotationError
 
 Prove = Callable[[Pair], Awaitable[bool]]
 """Connects to the broker with a pair. False: it could not, however often it was tried."""
@@ -45,9 +45,11 @@ class Rotation:
         if not credentials.record.next_ready:
             try:
                 credentials.keep(await self._server.reenroll(self._current(), request))
-            except EnrolmentRefusedError as error:
+            except EnrolmentAwayError:
+                raise
+            except (EnrolmentError, CredentialError) as error:
                 credentials.drop_next()
-                raise RotationError(f"no new certificate: {error.reason}") from error
+                raise RotationError(f"no new certificate: {error}") from error
         pair = self._next()
         if not await self._prove(pair):
             credentials.drop_next()

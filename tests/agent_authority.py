@@ -23,7 +23,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from agent.credentials import Pair, common_name, public_bytes
-from agent.enrolment import CONFIRM, EST, Claim
+from agent.enrolment import CONFIRM, EST, Claim, EnrolmentPatience
 from agent.errors import EnrolmentAwayError, EnrolmentRefusedError
 
 DAY = timedelta(days=1)
@@ -141,6 +141,7 @@ class DirectServer:
 
     def __init__(self, authority: StandInAuthority, read: Any) -> None:
         self.authority = authority
+        self.patience = EnrolmentPatience(retry_seconds=0.0)
         self._read = read
 
     async def enroll(self, claim: Claim, request: bytes) -> list[x509.Certificate]:

@@ -16,7 +16,7 @@ from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
 import agent.credentials
 from agent.credentials import Credentials, Pair, Standing, make_request, public_bytes
-from agent.enrolment import Claim, EnrolmentPatience, enrol
+from agent.enrolment import Claim, enrol
 from agent.errors import CredentialError, EnrolmentAwayError, RecordError, RotationError
 from agent.rotation import Rotation
 from agent.storage import PosixStorage
@@ -26,7 +26,6 @@ from tests.agent_flash import Cut, Flash, PowerCut
 SERIAL = "SN-000007"
 THING = f"thing-{SERIAL}"
 CLAIM = Claim(Path("claim.pem"), Path("claim.key"))
-PATIENCE = EnrolmentPatience(retry_seconds=0.0)
 CAUSE = "a" * 32
 MOST_BOOTS = 40
 
@@ -45,7 +44,7 @@ class World:
         self.first: x509.Certificate | None = None
 
     async def enrolled(self) -> "World":
-        await enrol(Credentials(self.flash), self.server, CLAIM, SERIAL, PATIENCE)
+        await enrol(Credentials(self.flash), self.server, CLAIM, SERIAL)
         self.authority.seen_to_work = list(self.authority.valid)
         self.first = self.authority.valid[0]
         return self
@@ -249,7 +248,7 @@ async def test_a_power_cut_at_any_operation_of_an_enrolment_ends_with_one_certif
         world = World(flash)
         for _ in range(MOST_BOOTS):
             try:
-                assert await enrol(Credentials(flash), world.server, CLAIM, SERIAL, PATIENCE) == THING
+                assert await enrol(Credentials(flash), world.server, CLAIM, SERIAL) == THING
                 break
             except PowerCut:
                 continue
@@ -299,9 +298,9 @@ async def test_a_wipe_that_is_cut_is_finished_at_the_next_start_and_stays(cut: C
         if credentials.record.standing is Standing.WIPED:
             assert not [name for name in world.flash._names if name.endswith((".key", ".pem"))]
             with pytest.raises(CredentialError, match="wiped"):
-                await enrol(credentials, world.server, CLAIM, SERIAL, PATIENCE)
+                await enrol(credentials, world.server, CLAIM, SERIAL)
             credentials.forgive_wipe()
-            assert await enrol(credentials, world.server, CLAIM, SERIAL, PATIENCE) == THING
+            assert await enrol(credentials, world.server, CLAIM, SERIAL) == THING
 
 
 async def test_private_keys_are_for_their_owner_alone(tmp_path: Path) -> None:
@@ -309,7 +308,7 @@ async def test_private_keys_are_for_their_owner_alone(tmp_path: Path) -> None:
     authority = StandInAuthority()
     server = DirectServer(authority, lambda path: Path(path).read_bytes())
     credentials = Credentials(storage)
-    await enrol(credentials, server, CLAIM, SERIAL, PATIENCE)
+    await enrol(credentials, server, CLAIM, SERIAL)
     (pair,) = credentials.candidates()
     assert stat.S_IMODE(pair.private_key.stat().st_mode) == 0o600
     assert stat.S_IMODE(pair.private_key.parent.stat().st_mode) == 0o700
@@ -317,4 +316,8 @@ async def test_private_keys_are_for_their_owner_alone(tmp_path: Path) -> None:
     credentials.begin_wipe()
     credentials.wipe()
     assert not pair.private_key.exists()
-    assert not any(secret in path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
+    assert not found_in(tmp_path, secret)
+
+
+def found_in(folder: Path, secret: bytes) -> bool:
+    return any(secret in path.read_bytes() for path in folder.rglob("*") if path.is_file())
