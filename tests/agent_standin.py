@@ -273,7 +273,7 @@ class StandInGateway:
         delta = {"version": version, "state": self.configs[thing], "timestamp": int(time.time())}
         await self._client.publish(config_topic(thing, "update", "delta"), orjson.dumps(delta))
 
-    async def command(self, thing: str, operation: str, request_id: str, **fields: Any) -> dict[str, Any]:
+    async def command(self, thing: str, operation: str, request_id: str, /, **fields: Any) -> dict[str, Any]:
         """Open a signed command, and hint at it."""
         assert self._client is not None
         now = int(time.time())
