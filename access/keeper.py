@@ -50,7 +50,9 @@ BEHIND = "broker-behind"
 
 REVISION = Gauge("tidegate_access_revision", "Revision of who may speak.", ["what"])
 RELOADS = Counter("tidegate_access_reloads", "Times that the broker was told to read its files again.")
-RELOAD_SECONDS = Histogram("tidegate_access_reload_seconds", "Time from the signal until the broker had read its files.")
+RELOAD_SECONDS = Histogram(
+    "tidegate_access_reload_seconds", "Time from the signal until the broker had read its files."
+)
 KICKS = Counter("tidegate_access_kicks", "Sessions that were ended because their device is denied.")
 DENIED = Gauge("tidegate_access_denied_devices", "Devices that the broker's ACL denies.")
 UNLISTED = Gauge("tidegate_access_unlisted_certificates", "Revoked certificates that no revocation list has yet.")
@@ -148,9 +150,7 @@ class AccessKeeper:
         devices = sorted(self.folder.pending())
         for start in range(0, len(devices), KICKS_AT_ONCE):
             some = devices[start : start + KICKS_AT_ONCE]
-            await asyncio.gather(
-                *(take_over(self.settings, device, forget=device in plan.denied) for device in some)
-            )
+            await asyncio.gather(*(take_over(self.settings, device, forget=device in plan.denied) for device in some))
             KICKS.inc(len(some))
         if devices:
             self.folder.remove_pending(devices)

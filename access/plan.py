@@ -174,9 +174,7 @@ def _newly_denied(snapshot: AccessSnapshot, installed: Mapping[str, str]) -> fro
     return snapshot.denied - denied_in(installed.get(DEVICE_ACL, ""))
 
 
-def _newly_listed(
-    snapshot: AccessSnapshot, listed: list[_Listed], before: list[str], now: datetime
-) -> frozenset[str]:
+def _newly_listed(snapshot: AccessSnapshot, listed: list[_Listed], before: list[str], now: datetime) -> frozenset[str]:
     """Devices with a certificate that was refused by no installed list and is by the new one."""
     fresh: set[tuple[str, str]] = set()
     for one in listed:

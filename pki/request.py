@@ -9,6 +9,7 @@ read, what nobody proved to have the key of, and what asks to be an authority.
 import base64
 import binascii
 import re
+import warnings
 from dataclasses import dataclass
 
 from cryptography import x509
@@ -108,9 +109,9 @@ def _key(request: x509.CertificateSigningRequest) -> DevicePublicKey:
 def _check_signature(request: x509.CertificateSigningRequest) -> None:
     """Proof of possession: whoever made the request has the private key."""
     try:
-        known = request.signature_algorithm_oid in _SIGNATURES
-        hashed = request.signature_hash_algorithm if known else None
-        if not known or (hashed is not None and not isinstance(hashed, SHA256 | SHA384 | SHA512)):
+        hashed = request.signature_hash_algorithm
+        strong = hashed is None or isinstance(hashed, SHA256 | SHA384 | SHA512)
+        if not strong or request.signature_algorithm_oid not in _SIGNATURES:
             name = hashed.name if hashed is not None else request.signature_algorithm_oid.dotted_string
             raise InvalidInputError(
                 f"certificate request refused: signed with {name}; expected SHA-256, SHA-384, SHA-512 or Ed25519"
@@ -141,7 +142,9 @@ def _refuse_authority(request: x509.CertificateSigningRequest) -> None:
 
 def _serial_number(request: x509.CertificateSigningRequest) -> str:
     try:
-        subject = request.subject
+        with warnings.catch_warnings():  # ignore, never error: what races with another thread may last
+            warnings.filterwarnings("ignore", "Attribute's length")
+            subject = request.subject
     except _REFUSED_BY_LIBRARY as error:
         raise InvalidInputError(f"certificate request refused: its subject is unreadable: {_said(error)}") from error
     found = subject.get_attributes_for_oid(NameOID.SERIAL_NUMBER) or subject.get_attributes_for_oid(NameOID.COMMON_NAME)

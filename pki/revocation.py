@@ -54,17 +54,16 @@ def sign_crl(
     now = now.replace(microsecond=0)
     ca = authority.certificate
     issuer_key = ca.extensions.get_extension_for_class(x509.SubjectKeyIdentifier).value
+    entries = [_entry(one) for one in sorted(revoked, key=lambda one: one.serial_hex)]
     builder = (
-        x509.CertificateRevocationListBuilder()
+        # All entries at once: to add them one by one takes 8 s for 100,000.
+        x509.CertificateRevocationListBuilder(revoked_certificates=entries)
         .issuer_name(ca.subject)
         .last_update(now - min(BACKDATED, lifetime / 100))
         .next_update(now + lifetime)
         .add_extension(x509.CRLNumber(number), critical=False)
         .add_extension(x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(issuer_key), critical=False)
     )
-    entries = [_entry(one) for one in sorted(revoked, key=lambda one: one.serial_hex)]
-    for entry in entries:
-        builder = builder.add_revoked_certificate(entry)
     return builder.sign(authority.key, hash_for(authority.key)).public_bytes(Encoding.PEM)
 
 
@@ -80,7 +79,7 @@ def verify_crl(pem: bytes | str, authority: x509.Certificate, now: datetime) -> 
     if crl.issuer != authority.subject:
         raise VerificationError(f"revocation list of {name}: it is one of {crl.issuer.rfc4514_string()}")
     try:
-        signed = crl.is_signature_valid(cast(DevicePublicKey, authority.public_key()))
+        signed = _signed_by(crl, authority)
         extensions = list(crl.extensions)
         numbers = [item.value.crl_number for item in extensions if isinstance(item.value, x509.CRLNumber)]
         serials = frozenset(format(entry.serial_number, "x") for entry in crl)
@@ -112,6 +111,10 @@ def _parse(data: bytes, name: str) -> x509.CertificateRevocationList:
         return x509.load_pem_x509_crl(whole)
     except (ValueError, x509.InvalidVersion, UnsupportedAlgorithm) as error:
         raise VerificationError(f"revocation list of {name}: it cannot be read: {error}") from error
+
+
+def _signed_by(crl: x509.CertificateRevocationList, authority: x509.Certificate) -> bool:
+    return crl.is_signature_valid(cast(DevicePublicKey, authority.public_key()))
 
 
 def _entry(revoked: Revoked) -> x509.RevokedCertificate:
