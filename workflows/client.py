@@ -46,6 +46,9 @@ from workflows.provisioning import ProvisioningWorkflow
 from workflows.reissue import ReissueCertificateWorkflow
 from workflows.rollout import RolloutWorkflow
 
+MEMO_ENROLMENT = "enrolment_no"
+"""In the memo of `provision:<serial>`: which enrolment this run is for."""
+
 
 async def connect(address: str, namespace: str = "default", *, runtime: Runtime | None = None) -> Client:
     """Connect to Temporal with the data converter that Tidegate's models need.
@@ -124,6 +127,7 @@ async def start_provisioning(
                 SearchAttributePair(PHASE, "checking"),
             ]
         ),
+        memo={MEMO_ENROLMENT: request.enrolment_no},
         static_summary=f"enrolment {request.enrolment_no} of {request.serial_number}",
         rpc_timeout=START_TIMEOUT,
     )

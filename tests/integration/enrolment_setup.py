@@ -89,7 +89,8 @@ class Pki:
         serials = given.pop("serials", [])
         expires = given.pop("expires_at", datetime.now(UTC) + timedelta(days=1))
         spec = ClaimBatchSpec.model_validate(
-            {"name": name, "device_type": "motor", "site_id": "plant-1", "max_devices": 1000, "expires_at": expires} | given
+            {"name": name, "device_type": "motor", "site_id": "plant-1", "max_devices": 1000, "expires_at": expires}
+            | given
         )
         key, now = new_key(), datetime.now(UTC)
         certificate_ends = max(expires, now + timedelta(hours=1))
