@@ -4,6 +4,7 @@ Invariant: after a cut at any durable operation of a rotation the device can con
 when all has settled it has exactly one, which is the one that the server has.
 """
 
+import contextlib
 import random
 import stat
 from dataclasses import dataclass, field
@@ -15,6 +16,8 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
 import agent.credentials
+from agent.commands import MAX_ENDED, CommandState, CommandStore, EndedCommand
+from agent.configuration import Configuration, ConfigurationStore
 from agent.credentials import Credentials, Pair, Standing, make_request, public_bytes
 from agent.enrolment import Claim, enrol
 from agent.errors import CredentialError, EnrolmentAwayError, RecordError, RotationError
@@ -301,6 +304,44 @@ async def test_a_wipe_that_is_cut_is_finished_at_the_next_start_and_stays(cut: C
                 await enrol(credentials, world.server, CLAIM, SERIAL)
             credentials.forgive_wipe()
             assert await enrol(credentials, world.server, CLAIM, SERIAL) == THING
+
+
+@pytest.mark.parametrize("cut", ["none", "all", "torn"])
+def test_after_a_power_cut_the_device_runs_the_old_or_the_new_configuration(cut: Cut) -> None:
+    old, new = Configuration(1, {"mode": "eco", "text": "x" * 600}), Configuration(2, {"mode": "boost"})
+    for at in range(1, 6):
+        flash = Flash(rng=random.Random(at))
+        ConfigurationStore(flash).take(old)
+        flash.power_on(at, cut)
+        with contextlib.suppress(PowerCut):
+            ConfigurationStore(flash).take(new)
+        store = ConfigurationStore(flash)
+        assert store.current in (old, new)
+        store.take(new)
+        assert ConfigurationStore(flash).current == new
+
+
+@pytest.mark.parametrize("cut", ["none", "all", "torn"])
+def test_after_a_power_cut_no_command_that_has_ended_is_forgotten(cut: Cut) -> None:
+    first, second = EndedCommand("succeeded", "", 2000), EndedCommand("failed", "no", 3000)
+    for at in range(1, 6):
+        flash = Flash(rng=random.Random(at))
+        CommandStore(flash).put(CommandState().with_ended("a" * 32, first, 1000))
+        flash.power_on(at, cut)
+        with contextlib.suppress(PowerCut):
+            store = CommandStore(flash)
+            store.put(store.state.with_ended("b" * 32, second, 1001))
+        ended = CommandStore(flash).state.ended
+        assert ended["a" * 32] == first and ended.get("b" * 32, second) == second
+
+
+def test_commands_are_remembered_until_their_orders_expire_and_the_memory_is_bounded() -> None:
+    state = CommandState()
+    for number in range(MAX_ENDED + 20):
+        state = state.with_ended(f"{number:032x}", EndedCommand("succeeded", "", 5000 + number), 1000)
+    assert len(state.ended) == MAX_ENDED and f"{MAX_ENDED + 19:032x}" in state.ended
+    state = state.with_ended("f" * 32, EndedCommand("failed", "", 9000), 8000)
+    assert list(state.ended) == ["f" * 32] and state.latest_known_time == 8000
 
 
 async def test_private_keys_are_for_their_owner_alone(tmp_path: Path) -> None:
