@@ -19,10 +19,12 @@ from psycopg.rows import class_row, dict_row
 from domain.enrolment import Admission, Batch, Judgement, KnownDevice, Serial, judge_batch, judge_request
 from models.errors import ConflictError, InvalidInputError, NotFoundError
 from models.identity import EnrolmentState, EnrolmentView, RevocationReason
+from models.ids import provision_workflow_id
 from store.access import revoke
 from store.alerts import raise_alert, resolve_alert
 from store.audit import append_audit
 from store.engine import Database
+from store.waits import forget
 
 CHANNEL = "tidegate_enrolment"
 """NOTIFY channel: an enrolment has changed; the payload is its number."""
@@ -222,6 +224,9 @@ class EnrolmentStore:
                 (text, actor, serial),
             )
             await _take_place_once(connection, enrolment_no, conflict)
+            former = provision_workflow_id(serial)
+            await forget(connection, former)
+            await connection.execute("DELETE FROM workflow_outbox WHERE workflow_id = %s", (former,))
             await connection.execute(
                 "UPDATE enrolments SET state = 'requested', counted = TRUE, reason = %s, decided_at = now(), "
                 "decided_by = %s WHERE enrolment_no = %s",

@@ -338,9 +338,8 @@ async def _reissue(
         "FROM devices d JOIN certificates c USING (device_id) WHERE d.device_id = %s AND c.certificate_id = %s",
         (asked.device_id, asked.certificate_id),
     )
-    row = await cursor.fetchone()
-    if row is None or row[0] == "retired" or row[1] or not row[2]:
-        raise RefusedError(f"the certificate with which device {asked.device_id} asked is valid no more")
+    if why := why_not_reissue(asked.device_id, await cursor.fetchone()):
+        raise RefusedError(why)
     cursor = await connection.execute(
         "SELECT count(*) FROM certificates WHERE device_id = %s AND state = 'valid' AND confirmed_at IS NULL "
         "AND certificate_id <> %s",
@@ -358,6 +357,13 @@ async def _reissue(
     detail: Mapping[str, Any] = {"certificate_id": certificate.certificate_id}
     await happened(connection, [(asked.device_id, DeviceHappening.CERTIFICATE_ISSUED, detail)])
     return ReissueCertificateResult(certificate_id=certificate.certificate_id, certificate=certificate.pem)
+
+
+def why_not_reissue(device_id: str, row: tuple[str, bool, bool] | None) -> str:
+    """Why a device gets no further certificate: (status, barred, the certificate it asked with is valid) of it."""
+    if row is None or row[0] == "retired" or row[1] or not row[2]:
+        return f"the certificate with which device {device_id} asked is valid no more"
+    return ""
 
 
 def _reissued_before(found: DeviceCertificateRow, device_id: str) -> ReissueCertificateResult:

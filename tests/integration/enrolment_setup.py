@@ -18,6 +18,7 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from cryptography.x509.oid import NameOID
 from temporalio.client import Client
+from temporalio.service import RPCError
 from temporalio.worker import Worker
 
 from activities.authorities import ensure_authorities
@@ -223,9 +224,23 @@ async def working(db: Database, client: Client, pki: Pki, *, hook: str | None = 
     )
     async with light, ca:
         yield
+        await _end_what_runs(client)
     stop.set()
     with suppress(asyncio.CancelledError):
         await relay
+
+
+async def _end_what_runs(client: Client) -> None:
+    """Serial numbers come again in the next test, and would join what this one left."""
+    query = 'ExecutionStatus = "Running"'
+    for _ in range(50):
+        running = [each async for each in client.list_workflows(query)]
+        for each in running:
+            with suppress(RPCError):
+                await client.get_workflow_handle(each.id).terminate("the test is over")
+        if not running:
+            return
+        await asyncio.sleep(0.05)
 
 
 def publishing(db: Database, pki: Pki) -> list[Any]:
