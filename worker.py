@@ -26,16 +26,24 @@ from temporalio.worker import Worker
 
 from activities.artifact_store import ArtifactStore
 from activities.artifacts import ArtifactActivities
+from activities.enrolment_hook import EnrolmentHook
+from activities.provisioning import IssuingActivities, ProvisioningActivities
+from activities.relay import OutboxRelay
 from activities.rollouts import RolloutActivities
+from activities.signing import CertificateSigner
 from models.errors import InvalidInputError, TidegateError, UnavailableError
 from models.settings import Settings
 from observe import logs, metrics
+from pki.signer import key_store
 from store.deltas import DeltaStore
 from store.engine import Database
+from store.provisioning import ProvisioningStore
 from store.rollouts import RolloutStore
 from transport.publisher import Publisher
 from workflows import options
 from workflows.client import connect, register_search_attributes
+from workflows.provisioning import ProvisioningWorkflow
+from workflows.reissue import ReissueCertificateWorkflow
 from workflows.rollout import RolloutWorkflow
 from workflows.sandbox import runner
 from workflows.wave import WaveWorkflow
@@ -60,6 +68,9 @@ SHORT_ACTIVITIES = 50
 BUILDERS = 1
 """Rollouts whose deltas are built at one time: a build takes a core and 17 times the image in memory."""
 
+SIGNERS = 20
+"""Certificates made at one time by one worker: each is a transaction with a signature in it."""
+
 DATABASE_CONNECTIONS = 50
 
 T = TypeVar("T")
@@ -80,8 +91,14 @@ async def _patiently(what: str, attempt: Callable[[], Awaitable[T]], stop: async
     return None
 
 
-def workers(client: Client, rollouts: RolloutActivities, artifacts: ArtifactActivities) -> list[Worker]:
-    """One worker per task queue."""
+def workers(
+    client: Client,
+    rollouts: RolloutActivities,
+    artifacts: ArtifactActivities,
+    provisioning: ProvisioningActivities,
+    issuing: IssuingActivities | None,
+) -> list[Worker]:
+    """One worker per task queue; that of the CA only where its key is."""
     common: dict[str, Any] = {
         "identity": f"{socket.gethostname()}/{os.getpid()}",
         "graceful_shutdown_timeout": GRACE,
@@ -89,7 +106,7 @@ def workers(client: Client, rollouts: RolloutActivities, artifacts: ArtifactActi
     light = Worker(
         client,
         task_queue=options.TASK_QUEUE,
-        workflows=[RolloutWorkflow, WaveWorkflow],
+        workflows=[RolloutWorkflow, WaveWorkflow, ProvisioningWorkflow, ReissueCertificateWorkflow],
         activities=[
             rollouts.plan_rollout,
             rollouts.write_plain_document,
@@ -97,6 +114,11 @@ def workers(client: Client, rollouts: RolloutActivities, artifacts: ArtifactActi
             rollouts.check_promotable,
             rollouts.set_job_status,
             rollouts.adjust_pace,
+            provisioning.check_enrolment,
+            provisioning.refuse_enrolment,
+            provisioning.mark_configured,
+            provisioning.activate_device,
+            provisioning.undo_provisioning,
         ],
         workflow_runner=runner(),
         max_concurrent_activities=SHORT_ACTIVITIES,
@@ -118,7 +140,24 @@ def workers(client: Client, rollouts: RolloutActivities, artifacts: ArtifactActi
         max_concurrent_activities=BUILDERS,
         **common,
     )
-    return [light, dispatch, cpu]
+    if issuing is None:
+        return [light, dispatch, cpu]
+    ca = Worker(
+        client,
+        task_queue=options.CA_QUEUE,
+        activities=[issuing.issue_certificate, issuing.reissue_certificate],
+        max_concurrent_activities=SIGNERS,
+        **common,
+    )
+    return [light, dispatch, cpu, ca]
+
+
+def _issuing(settings: Settings, db: Database) -> IssuingActivities | None:
+    """What signs certificates; None in a worker that has no CA's key."""
+    if settings.ca_dir is None:
+        return None
+    signer = CertificateSigner(db, key_store(settings), days=settings.certificate_days)
+    return IssuingActivities(ProvisioningStore(db), signer)
 
 
 def _runtime(settings: Settings) -> tuple[Runtime, int]:
@@ -170,10 +209,13 @@ async def serve(settings: Settings) -> None:
             client,
             RolloutActivities(store, publisher),
             ArtifactActivities(ArtifactStore.of(settings), DeltaStore(db), store),
+            ProvisioningActivities(ProvisioningStore(db), EnrolmentHook(settings.enrolment_hook_url)),
+            _issuing(settings, db),
         )
         async with asyncio.TaskGroup() as group:
             for worker in running:
                 group.create_task(worker.run())
+            group.create_task(OutboxRelay(db, client, options.DEVICE_EVENT).run(stop))
             metrics.mark_ready("worker")
             log.info(
                 "ready",

@@ -1,5 +1,6 @@
-"""`device import | list | show`: the registry."""
+"""`device import | list | show | enroll`: the registry, and a device played by hand."""
 
+import asyncio
 import re
 import sys
 from collections.abc import Iterator
@@ -19,7 +20,7 @@ from models.errors import InvalidInputError, Mistake, NotFoundError, SpecError
 from models.quantities import parse_duration
 from store.registry import Registry
 
-app = typer.Typer(help="Devices: import, list, show.", no_args_is_help=True)
+app = typer.Typer(help="Devices: import, list, show, enrol one by hand.", no_args_is_help=True)
 
 _TAG = re.compile(r"\s*([^<>=!]+?)\s*(<=|>=|!=|=|<|>)\s*(.*)", re.DOTALL)
 
@@ -114,6 +115,61 @@ async def show_device(
         registry = Registry(db)
         device = await (registry.get(device_id) if device_id is not None else registry.get_by_serial(serial or ""))
     session.out.result(device, facts(_facts_of(device)))
+
+
+@command(app, "enroll")
+async def enroll_device(
+    session: Session,
+    serial: Annotated[str, typer.Argument(metavar="SERIAL", help="Serial number.")],
+    claim: Annotated[
+        Path, typer.Option(metavar="DIR", help="Directory with claim.key, claim.pem and ca.pem, of 'claim create'.")
+    ],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Gets key.pem, cert.pem, ca.pem and thing-name.")],
+    url: Annotated[
+        str | None,
+        typer.Option(metavar="URL", help="Enrolment server (TIDEGATE_ENROLMENT_URL).", show_default=False),
+    ] = None,
+    wait: Annotated[str, typer.Option(metavar="DURATION", help="How long to ask again while it waits.")] = "60s",
+) -> None:
+    """Play a device by hand: make a key, ask for a certificate with a claim certificate, and keep both.
+
+    Repeat it after an interruption: the key that is there is used again.
+    """
+    from cli.enroll import enroll
+
+    address = url or session.settings.enrolment_url
+    if address is None:
+        raise InvalidInputError(
+            "no enrolment server: give --url, set TIDEGATE_ENROLMENT_URL, or name a stack with --state"
+        )
+    try:
+        seconds = parse_duration(wait).total_seconds()
+    except (ValueError, OverflowError) as error:
+        raise InvalidInputError(f"--wait: {error}") from error
+    made = await asyncio.to_thread(enroll, address, serial, claim, out, seconds, session.out.say)
+    session.out.result(
+        {
+            "device_id": made.device_id,
+            "expires": made.expires,
+            "key": str(made.key),
+            "certificate": str(made.certificate),
+            "ca": str(made.ca),
+        },
+        facts(
+            [
+                ("thing name", made.device_id),
+                ("certificate", f"{made.certificate}, until {made.expires}"),
+                ("key", f"{made.key} (keep it secret)"),
+                ("ca", made.ca),
+            ]
+        ),
+    )
+    host, port = session.endpoints.mqtt_host or "BROKER", session.endpoints.mqtt_port or 8883
+    session.out.say(
+        f"next: connect with any MQTT client, as in\n  mosquitto_pub -h {host} -p {port} --cafile {made.ca} "
+        f"--cert {made.certificate} --key {made.key} -i {made.device_id} -q 1 -t 'devices/{made.device_id}/heartbeat' "
+        f'-m \'{{"deviceId": "{made.device_id}", "uptime": 1}}\''
+    )
 
 
 def filter_of(

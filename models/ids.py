@@ -80,6 +80,11 @@ def rotate_workflow_id(device_id: str) -> str:
     return f"rotate:{device_id}"
 
 
+def reissue_workflow_id(device_id: str, spki_sha256: str) -> str:
+    """Workflow id of the issue of a device's next certificate, for one key: `reissue:<device>/<key>`."""
+    return f"reissue:{device_id}/{spki_sha256[:16]}"
+
+
 def decommission_workflow_id(device_id: str) -> str:
     """Workflow id of a device's decommissioning: `decommission:<device>`."""
     return f"decommission:{device_id}"

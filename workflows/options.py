@@ -26,6 +26,9 @@ CA_QUEUE = "tidegate-ca"
 PREPARE_ARTIFACTS = "prepare_artifacts"
 """activities.artifacts.ArtifactActivities; by name, because a workflow has no use for a delta codec's imports."""
 
+PUBLISH_CRLS = "publish_crls"
+"""activities.authorities.AuthorityActivities; by name, because a workflow has no use for a signer's imports."""
+
 # --- signals ---------------------------------------------------------------------------------------------------------
 
 WAVE_SOAKING = "wave_soaking"
@@ -85,11 +88,24 @@ ARTIFACTS_QUEUE_TIMEOUT = timedelta(minutes=5)
 ARTIFACTS_HEARTBEAT = timedelta(seconds=30)
 """Preparing artifacts beats every 5 s."""
 
+CHECK_TIMEOUT = timedelta(seconds=20)
+"""One transaction, and the enrolment hook, which has five seconds."""
+
+START_TIMEOUT = timedelta(seconds=5)
+"""Of a call that starts a workflow for a device that waits: it would rather be told to come again."""
+
+REISSUE_TIMEOUT = timedelta(minutes=2)
+"""All attempts together: the device waits for the answer, and asks again."""
+
+CRL_QUEUE_TIMEOUT = timedelta(minutes=2)
+"""How long a provisioning that was undone waits for a revocation list; after that the hourly one has it."""
+
 # --- what a person sees ------------------------------------------------------------------------------------------------
 
 KIND_ROLLOUT = "rollout"
 KIND_WAVE = "wave"
 KIND_PROVISIONING = "provisioning"
+KIND_REISSUE = "reissue"
 KIND_CONFIGURATION = "configuration"
 KIND_ROTATION = "rotation"
 KIND_DECOMMISSION = "decommission"

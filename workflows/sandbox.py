@@ -16,6 +16,7 @@ PASSED_THROUGH = (
     "activities",
     "workflows.options",
     "workflows.steps",
+    "workflows.provisioning_steps",
     "workflows.sandbox",
     "orjson",
     "structlog",
