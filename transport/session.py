@@ -73,7 +73,7 @@ async def _session(
                 kind, answer = await _read(reader)
         except (OSError, EOFError, TimeoutError) as error:
             raise UnavailableError(
-                f"cannot connect to the MQTT broker at {host}:{port}: {error or 'no answer'}"
+                f"cannot connect to the MQTT broker at {host}:{port}: {str(error) or type(error).__name__}"
             ) from error
         if kind != _CONNACK or answer[1:2] != b"\0":
             raise UnavailableError(f"the MQTT broker at {host}:{port} refused {client_id!r}: {answer.hex()}")

@@ -8,7 +8,6 @@ import asyncio
 import os
 import shutil
 import ssl
-import stat
 import subprocess
 import tempfile
 from collections.abc import AsyncIterator, Callable, Iterable
@@ -359,16 +358,22 @@ async def ear(client: aiomqtt.Client, filters: Iterable[str]) -> AsyncIterator[E
                 await task
 
 
+def _open_folder() -> Path:
+    """A folder that the broker's account can read and write in."""
+    folder = Path(tempfile.mkdtemp(prefix="tidegate-access-"))
+    folder.chmod(0o755)
+    if os.geteuid() == 0:  # Mosquitto gives up root for its own account
+        shutil.chown(folder, "mosquitto")
+    return folder
+
+
 @asynccontextmanager
 async def stage(db: Database, mutate: Callable[[str], str] = lambda text: text) -> AsyncIterator[Stage]:
     """A running broker that enforces an empty registry."""
-    folder = Path(tempfile.mkdtemp(prefix="tidegate-access-"))
-    folder.chmod(folder.stat().st_mode | stat.S_IXOTH | stat.S_IROTH)
+    folder = _open_folder()
     made = Stage(db, folder, MosquittoListeners(free_port(), free_port()), mutate)
     try:
         await made.prepare()
-        if os.geteuid() == 0:  # Mosquitto gives up root for its own account
-            shutil.chown(folder, "mosquitto")
         made.start_broker()
         yield made
     finally:
