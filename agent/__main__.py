@@ -29,6 +29,7 @@ from agent.enrolment import Claim, EnrolmentPatience, EnrolmentServer, enrol_for
 from agent.errors import BrickedError
 from agent.slots import Slots
 from agent.storage import PosixStorage
+from agent.trust import Trust
 from agent.updater import Identity
 from firmware.keys import TrustedKeys, load_public_key
 from models.errors import TidegateError
@@ -109,11 +110,12 @@ def _enrolled(arguments: argparse.Namespace, storage: PosixStorage) -> Enrolled 
     if arguments.cert is not None:
         raise TidegateError("give --enrolment-url or --cert, not both: an enrolled device has its own certificate")
     patience = EnrolmentPatience(retry_seconds=arguments.retry, refused_seconds=arguments.refused)
-    server = EnrolmentServer(arguments.enrolment_url, arguments.ca, patience)
+    trust = Trust(arguments.ca, storage)
+    server = EnrolmentServer(arguments.enrolment_url, trust, patience)
     credentials = Credentials(storage)
     if arguments.enrol_again:
         credentials.forgive_wipe()
-    return Enrolled(credentials, server, arguments.serial or arguments.id or "")
+    return Enrolled(credentials, server, arguments.serial or arguments.id or "", trust)
 
 
 async def _enrol(arguments: argparse.Namespace, enrolled: Enrolled) -> str:

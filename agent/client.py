@@ -23,8 +23,9 @@ import aiomqtt
 import orjson
 
 from agent.credentials import Credentials, Pair
-from agent.errors import RejectedError, UnansweredError
+from agent.errors import CredentialError, RejectedError, UnansweredError
 from agent.jobs import Answer, Execution, Refusal, judge_rejection, parse_execution, update_request
+from agent.trust import Trust
 from models.errors import InvalidInputError
 from models.protocol import ExecutionState, Step, command_topic, config_topic, heartbeat_topic, jobs_topic
 
@@ -52,11 +53,11 @@ class Broker:
         tls = parts.scheme == "mqtts"
         return cls(parts.hostname, parts.port or (8883 if tls else 1883), tls=tls, **more)
 
-    def tls_context(self) -> ssl.SSLContext | None:
-        """For `mqtts`: the CA to trust and the device's certificate."""
+    def tls_context(self, trust: Trust | None = None) -> ssl.SSLContext | None:
+        """For `mqtts`: the CAs to trust (`ca` alone where `trust` is not given) and the device's certificate."""
         if not self.tls:
             return None
-        context = ssl.create_default_context(cafile=str(self.ca) if self.ca else None)
+        context = (trust or Trust(self.ca)).context()
         if self.certificate is not None:
             context.load_cert_chain(self.certificate, self.private_key)
         return context
@@ -80,9 +81,10 @@ MOST_COMMANDS = 8
 
 
 class Passports:
-    """Which certificate the next connection is tried with, and how each of them has fared since it was asked about."""
+    """Which certificate the next connection is tried with, how it fared, and whom the device believes at the other end."""
 
-    def __init__(self, credentials: Credentials) -> None:
+    def __init__(self, credentials: Credentials, trust: Trust) -> None:
+        self.trust = trust
         self._credentials = credentials
         self._failures = 0
         self._tried: Pair | None = None
@@ -166,7 +168,7 @@ class JobsClient:
                     self._came()
                     if await self._receive(client):
                         continue
-            except (aiomqtt.MqttError, OSError, UnansweredError):
+            except (aiomqtt.MqttError, OSError, UnansweredError, CredentialError):
                 _heed_cancellation()
                 self.errors += 1
                 if self._passports is not None:
@@ -272,7 +274,7 @@ class JobsClient:
             identifier=self.thing,
             protocol=aiomqtt.ProtocolVersion(broker.protocol),
             clean_session=True if broker.protocol == aiomqtt.ProtocolVersion.V311 else None,
-            tls_context=broker.tls_context(),
+            tls_context=broker.tls_context(self._passports.trust if self._passports else None),
             timeout=self.patience.answer_seconds,
             keepalive=60,
         )

@@ -21,6 +21,7 @@ from agent.errors import CredentialError, EnrolmentError, RecordError, RequestEr
 from agent.records import decode_record, encode_record
 from agent.rotation import Rotation
 from agent.storage import Storage, replace_durably
+from agent.trust import Trust
 from firmware.command import VerifiedCommand, verify_command
 from firmware.errors import FirmwareError
 from firmware.keys import TrustedKeys
@@ -36,6 +37,9 @@ PROOFS = 3
 
 ANSWERS = 3
 """Tries to say that the credentials will be wiped, before they are."""
+
+LEARN_SECONDS = 86_400.0
+"""How often the device asks whom else to believe; a CA is announced long before it is used."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,11 +100,12 @@ class Rhythm:
 
 @dataclass(frozen=True, slots=True)
 class Enrolled:
-    """A device with credentials of its own: where they are, and who gives it others."""
+    """A device with credentials of its own: where they are, who gives it others, and whom it believes."""
 
     credentials: Credentials
     server: Enroller
     serial_number: str
+    trust: Trust
 
 
 class Commander:
@@ -121,6 +126,8 @@ class Commander:
         self._keys = keys
         self._credentials = enrolled.credentials
         self._passports = passports
+        self._server, self._trust = enrolled.server, enrolled.trust
+        self._learned_at: float | None = None
         self._rotation = Rotation(enrolled.credentials, enrolled.server, enrolled.serial_number, self._prove)
         self._rhythm = rhythm
         self._clock = clock
@@ -162,12 +169,20 @@ class Commander:
                 await self._rotation.rotate(record.next_cause)
             else:
                 await self._rotation.settle()
+            await self._learn()
         except RotationError as error:
             _say(self._client.thing, error)
         except (EnrolmentError, CredentialError) as error:
             _say(self._client.thing, error)
             return False
         return True
+
+    async def _learn(self) -> None:
+        """With every start and once a day: the CAs that the enrolment server vouches for."""
+        now = asyncio.get_running_loop().time()
+        if self._learned_at is None or now - self._learned_at >= LEARN_SECONDS:
+            self._trust.learn(await self._server.authorities())
+            self._learned_at = now
 
     async def _once(self) -> bool:
         """Ask, and carry out what comes. Whether there was anything. Raises RequestError, EnrolmentError, OSError."""

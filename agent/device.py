@@ -136,7 +136,7 @@ class Device:
     async def _run(self, boot: Boot, image: bytes, behaviour: Behaviour) -> Reset:
         thing, passports = self._config.identity.device_id, None
         if self._enrolled is not None:
-            passports = Passports(self._enrolled.credentials)
+            passports = Passports(self._enrolled.credentials, self._enrolled.trust)
         client = JobsClient(thing, self._config.broker, self._config.patience, self._rng, passports)
 
         async def self_test() -> str | None:

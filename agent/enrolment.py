@@ -1,11 +1,11 @@
 """The device's side of enrolment: EST (RFC 7030) over HTTPS, and the word that a new certificate works.
 
-The server's certificate is checked against the CA file the device was made with; who the device is, the TLS handshake
+The server's certificate is checked against what the device trusts (trust.py); who the device is, the TLS handshake
 says: the claim certificate for the first request, the device's own ever after. Every request may be repeated: the same
 key gets the same certificate.
 
 ```python
-server = EnrolmentServer("https://enrol.example:8443", Path("ca.pem"))
+server = EnrolmentServer("https://enrol.example:8443", Trust(Path("ca.pem")))
 thing = await enrol_for_good(credentials, server, claim, "SN-000123")
 ```
 """
@@ -30,6 +30,7 @@ from cryptography.hazmat.primitives.serialization import pkcs7
 
 from agent.credentials import Credentials, Pair, Standing, make_request
 from agent.errors import CredentialError, EnrolmentAwayError, EnrolmentError, EnrolmentRefusedError, WipedError
+from agent.trust import Trust
 from models.errors import InvalidInputError
 
 EST = "/.well-known/est"
@@ -75,23 +76,32 @@ class Enroller(Protocol):
     async def confirm(self, pair: Pair) -> None:
         """Say that the broker has been reached with `pair`."""
 
+    async def authorities(self) -> list[x509.Certificate]:
+        """The CAs that the server vouches for."""
+
 
 class EnrolmentServer:
-    """An enrolment server at an https address; `ca` is what its certificate is checked against.
+    """An enrolment server at an https address; `trust` is what its certificate is checked against.
 
     `at_once`: requests that one process of many devices has under way at the same time.
     """
 
     def __init__(
-        self, url: str, ca: Path | None, patience: EnrolmentPatience | None = None, at_once: int | None = None
+        self, url: str, trust: Trust, patience: EnrolmentPatience | None = None, at_once: int | None = None
     ) -> None:
         parts = urlsplit(url)
         if parts.scheme != "https" or not parts.hostname:
             raise InvalidInputError(f"not an enrolment server's address: {url!r}, expected https://host:port")
         self.url = url.rstrip("/")
         self._patience = patience or EnrolmentPatience()
-        self._ca = ca
+        self._trust = trust
         self._places = asyncio.Semaphore(at_once) if at_once else contextlib.nullcontext()
+
+    def believed_by(self, trust: Trust) -> "EnrolmentServer":
+        """The same server as another device of this process sees it."""
+        other = EnrolmentServer(self.url, trust, self._patience)
+        other._places = self._places
+        return other
 
     @property
     def patience(self) -> EnrolmentPatience:
@@ -139,14 +149,12 @@ class EnrolmentServer:
         raise EnrolmentRefusedError(what, answer.status_code, reason)
 
     def _context(self, files: tuple[Path, Path] | None) -> ssl.SSLContext:
+        context = self._trust.context()
         try:
-            context = ssl.create_default_context(cafile=str(self._ca) if self._ca else None)
-            context.minimum_version = ssl.TLSVersion.TLSv1_2
             if files is not None:
                 context.load_cert_chain(*files)
-        except (OSError, ssl.SSLError) as error:
-            named = ", ".join(str(path) for path in (self._ca, *(files or ())) if path)
-            raise CredentialError(f"cannot use {named}: {error}") from error
+        except OSError as error:
+            raise CredentialError(f"cannot use {' and '.join(map(str, files or ()))}: {error}") from error
         return context
 
 

@@ -32,6 +32,7 @@ from agent.faults import FaultPlan, FaultRule, share
 from agent.fleet_config import DeviceReport, FleetConfig, FleetDevice, FleetEnrolment, FleetReport, read_devices
 from agent.fleet_real import RealFleet
 from agent.fleet_simulated import SimulatedFleet
+from agent.trust import Trust
 from firmware.keys import TrustedKeys, load_public_key
 from models.errors import InvalidInputError, TidegateError
 from models.ids import THING_NAME
@@ -176,7 +177,7 @@ def _enrolment(arguments: argparse.Namespace) -> FleetEnrolment | None:
     if arguments.claim_cert is None or arguments.claim_key is None:
         raise InvalidInputError("cannot enrol the fleet: give --claim-cert and --claim-key")
     patience = EnrolmentPatience(retry_seconds=arguments.retry, refused_seconds=arguments.refused)
-    server = EnrolmentServer(arguments.enrolment_url, arguments.ca, patience, arguments.enrol_at_once)
+    server = EnrolmentServer(arguments.enrolment_url, Trust(arguments.ca), patience, arguments.enrol_at_once)
     claim = Claim(arguments.claim_cert, arguments.claim_key)
     return FleetEnrolment(server, claim, arguments.enrolment_report)
 

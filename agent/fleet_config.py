@@ -7,7 +7,7 @@ import orjson
 
 from agent.client import Broker, Patience
 from agent.device import Timing
-from agent.enrolment import Claim, Enroller
+from agent.enrolment import Claim, EnrolmentServer
 from agent.faults import FaultPlan
 from firmware.keys import TrustedKeys
 from models.errors import InvalidInputError
@@ -32,7 +32,7 @@ class FleetEnrolment:
     `report_file` is written once all have one: how many, and how many seconds it took.
     """
 
-    server: Enroller
+    server: EnrolmentServer
     claim: Claim
     report_file: Path | None = None
 

@@ -29,6 +29,7 @@ from agent.image import Behaviour, behaviour_of
 from agent.slots import Slots
 from agent.state import StateStore
 from agent.storage import PosixStorage
+from agent.trust import Trust
 from agent.updater import Identity
 
 
@@ -153,8 +154,9 @@ class RealFleet:
         enrolment = self._config.enrolment
         if enrolment is None:
             return None
-        credentials = Credentials(storage)
-        await enrol_for_good(credentials, enrolment.server, enrolment.claim, entry.serial_number)
+        credentials, trust = Credentials(storage), Trust(self._config.broker.ca, storage)
+        server = enrolment.server.believed_by(trust)
+        await enrol_for_good(credentials, server, enrolment.claim, entry.serial_number)
         self._to_enrol -= 1
         if self._to_enrol == 0:
             seconds = time.monotonic() - self._started
@@ -162,7 +164,7 @@ class RealFleet:
             if enrolment.report_file is not None:
                 found = {"enrolled": len(self._config.devices), "seconds": round(seconds, 2)}
                 enrolment.report_file.write_bytes(orjson.dumps(found) + b"\n")
-        return Enrolled(credentials, enrolment.server, entry.serial_number)
+        return Enrolled(credentials, server, entry.serial_number, trust)
 
     def _device(
         self,

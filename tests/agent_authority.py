@@ -100,6 +100,7 @@ class StandInAuthority:
     away: int = 0
     refuse: str = ""
     forgets: int = 0
+    vouched_for: list[x509.Certificate] = field(default_factory=list)
     other_certificate: x509.Certificate | None = None
 
     def certify(self, what: str, der: bytes, thing: str | None) -> x509.Certificate:
@@ -155,6 +156,9 @@ class DirectServer:
     async def confirm(self, pair: Pair) -> None:
         self.authority.confirm(self._certificate(pair))
 
+    async def authorities(self) -> list[x509.Certificate]:
+        return [self.authority.service.certificate]
+
     def _certificate(self, pair: Pair) -> x509.Certificate:
         return x509.load_pem_x509_certificate(self._read(str(pair.certificate)))
 
@@ -167,7 +171,7 @@ def serving_est(authority: StandInAuthority, folder: Path, port: int = 0) -> Ite
         protocol_version = "HTTP/1.1"
 
         def do_GET(self) -> None:
-            bundle = [authority.service.certificate, authority.device.certificate]
+            bundle = [authority.service.certificate, authority.device.certificate, *authority.vouched_for]
             self._answer(200, _certs_only(bundle))
 
         def do_POST(self) -> None:

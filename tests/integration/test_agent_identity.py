@@ -32,6 +32,7 @@ from agent.errors import CredentialError, EnrolmentAwayError, EnrolmentError, En
 from agent.fleet import FleetConfig, FleetDevice, FleetEnrolment, run_fleet
 from agent.image import declared_image
 from agent.storage import PosixStorage
+from agent.trust import Trust
 from firmware.keys import save_public_key
 from tests.agent_authority import StandInAuthority, TestCa, serving_est
 from tests.agent_standin import Publisher, StandInGateway, StandInJobs
@@ -66,7 +67,7 @@ class Shop:
 
     def server(self, **changes: Any) -> EnrolmentServer:
         patience = EnrolmentPatience(answer_seconds=5, retry_seconds=0.1, refused_seconds=0.2)
-        return EnrolmentServer(self.url, changes.pop("ca", self.ca), replace(patience, **changes))
+        return EnrolmentServer(self.url, Trust(changes.pop("ca", self.ca)), replace(patience, **changes))
 
     def credentials(self, name: str = "device") -> Credentials:
         (self.folder / name).mkdir(exist_ok=True)
@@ -230,7 +231,7 @@ async def rig(tmp_path: Path) -> AsyncIterator[Rig]:
     authority, port, open_port = StandInAuthority(), free_port(), free_port()
     ca = authority.device.file(tmp_path)
     process = start_tls_broker(tmp_path, port, open_port, ca, authority.service.files(tmp_path, "broker", server=True))
-    wait_for_port(open_port, process)
+    wait_for_port(port, process)
     try:
         with serving_est(authority, tmp_path) as url:
             async with StandInGateway(StandInJobs(Publisher()), "127.0.0.1", open_port).running() as gateway:
@@ -371,6 +372,35 @@ async def test_a_command_that_comes_again_is_answered_and_not_carried_out_twice(
         await client.publish(f"devices/{THING}/commands/notify", b"{}")
         assert (await rig.answered(REQUEST))["status"] == "succeeded"
     assert rig.authority.valid == after
+
+
+@pytest.mark.parametrize("learns", [True, False])
+async def test_a_device_follows_when_the_service_ca_is_rolled(
+    rig: Rig, tmp_path: Path, learns: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """THREATS row 34, the device's part. A device that has not heard of the new CA in time stays outside: the mutant."""
+    successor = TestCa("the next service CA")
+    rig.authority.vouched_for = [successor.certificate] if learns else []
+    await rig.start()
+    await rig.online()
+    trusted = tmp_path / "device" / "trusted.pem"
+    await until(trusted.exists, "what the device has learned")
+    device_ca = tmp_path / f"{rig.authority.device.name}.ca.pem"
+    port, open_port = free_port(), free_port()
+    process = start_tls_broker(tmp_path, port, open_port, device_ca, successor.files(tmp_path, "next", server=True))
+    wait_for_port(port, process)
+    try:
+        await rig.end()
+        rig.port = port
+        async with StandInGateway(rig.gateway.jobs, "127.0.0.1", open_port).running() as rig.gateway:
+            await rig.start()
+            if learns:
+                return await rig.online()
+            await asyncio.sleep(3)
+            assert rig.gateway.heartbeats == []
+    finally:
+        process.terminate()
+        process.wait(10)
 
 
 async def test_a_fleet_enrols_each_device_with_its_own_serial_number(rig: Rig, tmp_path: Path) -> None:
