@@ -25,6 +25,7 @@ from domain.mistakes import shown
 from models.device import DeviceChanges, DeviceFilter, DeviceRecord, DeviceStatus
 from models.errors import ConflictError, ImportRowError, InvalidInputError, Mistake, NotFoundError
 from models.views import DevicePage, ImportResult
+from store.configurations import CONFIG_STATE
 from store.engine import Database
 from store.filters import where
 
@@ -44,10 +45,11 @@ _COLUMNS = (
 _BIT = {name: 1 << i for i, name in enumerate(_COLUMNS)}
 _JSON_COLUMNS = frozenset({"tags", "config", "desired_config"})
 
-_SELECT = """
+_SELECT = f"""
 SELECT d.device_id, d.device_type, d.serial_number, d.manufacturer, d.site_id, d.zone, d.tags, d.status,
        d.firmware_version, d.firmware_sha256, d.config, d.desired_config, d.config_version,
-       d.created_at, d.updated_at, d.retired_at, p.last_heartbeat, p.uptime
+       d.created_at, d.updated_at, d.retired_at, p.last_heartbeat, p.uptime,
+       d.desired_config_version, {CONFIG_STATE} AS config_state, d.config_reported_at, d.barred_at, d.barred_reason
 FROM devices d LEFT JOIN presence p USING (device_id)
 """
 
@@ -189,14 +191,19 @@ class Registry:
         clause, params = where(devices)
         return await self._change(clause, params, changes)
 
-    async def find(self, devices: DeviceFilter, limit: int = 100, after: str | None = None) -> DevicePage:
+    async def find(
+        self, devices: DeviceFilter, limit: int = 100, after: str | None = None, *, drifted: bool = False
+    ) -> DevicePage:
         """Devices the filter selects, in the order of their ids, and how many it selects in all.
 
         Args:
             limit: most devices to return.
             after: begin behind this id (the last one of the page before).
+            drifted: only those that run another configuration than they should (domain.configurations.ConfigState).
         """
         clause, params = where(devices)
+        if drifted:
+            clause = f"{clause} AND d.desired_config_version > 0 AND {CONFIG_STATE} = 'drifted'"
         async with (
             self._db.pool.connection() as connection,
             connection.cursor(row_factory=class_row(DeviceRecord)) as cursor,

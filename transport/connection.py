@@ -19,7 +19,9 @@ from gmqtt.mqtt.constants import MQTTv311
 from models.errors import InvalidInputError, UnavailableError
 from models.settings import Settings
 
-Handler = Callable[[str | bytes, bytes], Awaitable[None]]
+Handler = Callable[[str | bytes, bytes, bool], Awaitable[None]]
+"""Topic, payload, and whether the broker had kept the message (retained) from before the subscription."""
+
 CONNECT_SECONDS = 10.0
 RETRY_SECONDS = 1.0
 log = structlog.get_logger("mqtt")
@@ -78,8 +80,8 @@ class Connection:
         self._was_connected = True
 
     def _receive_with(self, handler: Handler) -> None:
-        async def on_message(_client: Any, topic: Any, payload: bytes, _qos: int, _properties: Any) -> int:
-            await handler(topic, payload)
+        async def on_message(_client: Any, topic: Any, payload: bytes, _qos: int, properties: Any) -> int:
+            await handler(topic, payload, bool(properties.get("retain")))
             return 0
 
         self._client.on_message = on_message
