@@ -15,6 +15,7 @@ import socket
 import sys
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, NoReturn, TypeVar
 
@@ -26,25 +27,39 @@ from temporalio.worker import Worker
 
 from activities.artifact_store import ArtifactStore
 from activities.artifacts import ArtifactActivities
+from activities.configuration import ConfigurationActivities
+from activities.decommission import DecommissionActivities
 from activities.enrolment_hook import EnrolmentHook
+from activities.fleet_rotation import FleetRotationActivities
 from activities.provisioning import IssuingActivities, ProvisioningActivities
 from activities.relay import OutboxRelay
 from activities.rollouts import RolloutActivities
+from activities.rotation import RotationActivities
 from activities.signing import CertificateSigner
 from models.errors import InvalidInputError, TidegateError, UnavailableError
+from models.lifecycle import RotateFleetInput
 from models.settings import Settings
 from observe import logs, metrics
 from pki.signer import key_store
+from store.configuring import ConfiguringStore
+from store.decommission import DecommissionStore
 from store.deltas import DeltaStore
 from store.engine import Database
 from store.provisioning import ProvisioningStore
 from store.rollouts import RolloutStore
+from store.rotation import RotationStore
 from transport.publisher import Publisher
+from transport.retained import RetainedMessages
 from workflows import options
 from workflows.client import connect, register_search_attributes
+from workflows.configuration import ConfigurationWorkflow
+from workflows.decommission import DecommissionWorkflow
+from workflows.fleet_rotation import FleetRotationWorkflow
+from workflows.lifecycle_client import ROTATION_SCHEDULE, TemporalFlows, ensure_rotation_schedule
 from workflows.provisioning import ProvisioningWorkflow
 from workflows.reissue import ReissueCertificateWorkflow
 from workflows.rollout import RolloutWorkflow
+from workflows.rotation import CertificateRotationWorkflow
 from workflows.sandbox import runner
 from workflows.wave import WaveWorkflow
 
@@ -91,12 +106,69 @@ async def _patiently(what: str, attempt: Callable[[], Awaitable[T]], stop: async
     return None
 
 
+@dataclass(frozen=True)
+class Lifecycle:
+    """The activities of devices' lives."""
+
+    configuration: ConfigurationActivities
+    rotation: RotationActivities
+    decommission: DecommissionActivities
+    fleet: FleetRotationActivities
+
+    @classmethod
+    def of(cls, db: Database, client: Client, publisher: Publisher, settings: Settings) -> "Lifecycle":
+        """With their collaborators."""
+        certificates, flows = RotationStore(db), TemporalFlows(client)
+        return cls(
+            ConfigurationActivities(ConfiguringStore(db), publisher),
+            RotationActivities(certificates, publisher),
+            DecommissionActivities(DecommissionStore(db), flows, publisher, RetainedMessages(settings)),
+            FleetRotationActivities(certificates, flows),
+        )
+
+    @property
+    def short(self) -> list[Callable[..., Any]]:
+        """Of one transaction, or a few seconds at most."""
+        configuration, rotation, decommission = self.configuration, self.rotation, self.decommission
+        return [
+            configuration.want_configuration,
+            configuration.hint_configuration,
+            configuration.end_configuration,
+            rotation.look_at_certificates,
+            rotation.ask_for_rotation,
+            rotation.settle_rotation,
+            rotation.give_up_rotation,
+            rotation.revert_rotation,
+            decommission.begin_decommission,
+            decommission.stop_flows,
+            decommission.ask_to_wipe,
+            decommission.retire_device,
+            decommission.clear_retained,
+            decommission.alert_retained_left,
+            decommission.end_decommission,
+        ]
+
+    @property
+    def lasting(self) -> list[Callable[..., Any]]:
+        """Those that wait or pace, and beat."""
+        return [self.decommission.await_brokers, self.fleet.rotate_fleet]
+
+
+LIFECYCLE_WORKFLOWS: list[type] = [
+    ConfigurationWorkflow,
+    CertificateRotationWorkflow,
+    DecommissionWorkflow,
+    FleetRotationWorkflow,
+]
+
+
 def workers(
     client: Client,
     rollouts: RolloutActivities,
     artifacts: ArtifactActivities,
     provisioning: ProvisioningActivities,
     issuing: IssuingActivities | None,
+    lifecycle: Lifecycle,
 ) -> list[Worker]:
     """One worker per task queue; that of the CA only where its key is."""
     common: dict[str, Any] = {
@@ -106,7 +178,13 @@ def workers(
     light = Worker(
         client,
         task_queue=options.TASK_QUEUE,
-        workflows=[RolloutWorkflow, WaveWorkflow, ProvisioningWorkflow, ReissueCertificateWorkflow],
+        workflows=[
+            RolloutWorkflow,
+            WaveWorkflow,
+            ProvisioningWorkflow,
+            ReissueCertificateWorkflow,
+            *LIFECYCLE_WORKFLOWS,
+        ],
         activities=[
             rollouts.plan_rollout,
             rollouts.write_plain_document,
@@ -119,6 +197,7 @@ def workers(
             provisioning.mark_configured,
             provisioning.activate_device,
             provisioning.undo_provisioning,
+            *lifecycle.short,
         ],
         workflow_runner=runner(),
         max_concurrent_activities=SHORT_ACTIVITIES,
@@ -128,7 +207,7 @@ def workers(
     dispatch = Worker(
         client,
         task_queue=options.DISPATCH_QUEUE,
-        activities=[rollouts.drive_wave, rollouts.finish_rollout],
+        activities=[rollouts.drive_wave, rollouts.finish_rollout, *lifecycle.lasting],
         max_concurrent_activities=DRIVERS,
         max_heartbeat_throttle_interval=BEAT_THROTTLE,
         **common,
@@ -186,6 +265,16 @@ async def _register(client: Client) -> None:
             log.info("registered search attributes", names=", ".join(added))
 
 
+async def _schedule(client: Client, settings: Settings) -> None:
+    """The hourly sweep for certificates that are due, where the server lets us make it."""
+    sweep = RotateFleetInput(overlap=timedelta(hours=settings.rotation_overlap_hours))
+    try:
+        if await ensure_rotation_schedule(client, sweep):
+            log.info("made the schedule of rotation", schedule=ROTATION_SCHEDULE)
+    except RPCError as error:
+        log.warning("cannot make the schedule of rotation; certificates end unless somebody does", reason=str(error))
+
+
 async def serve(settings: Settings) -> None:
     """Run until SIGTERM or SIGINT."""
     if not settings.database_url or not settings.temporal_address:
@@ -211,7 +300,9 @@ async def serve(settings: Settings) -> None:
             ArtifactActivities(ArtifactStore.of(settings), DeltaStore(db), store),
             ProvisioningActivities(ProvisioningStore(db), EnrolmentHook(settings.enrolment_hook_url)),
             _issuing(settings, db),
+            Lifecycle.of(db, client, publisher, settings),
         )
+        await _schedule(client, settings)
         async with asyncio.TaskGroup() as group:
             for worker in running:
                 group.create_task(worker.run())

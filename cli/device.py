@@ -20,7 +20,9 @@ from models.errors import InvalidInputError, Mistake, NotFoundError, SpecError
 from models.quantities import parse_duration
 from store.registry import Registry
 
-app = typer.Typer(help="Devices: import, list, show, enrol one by hand.", no_args_is_help=True)
+app = typer.Typer(
+    help="Devices: import, list, show, enrol one by hand, configure, rotate, decommission.", no_args_is_help=True
+)
 
 _TAG = re.compile(r"\s*([^<>=!]+?)\s*(<=|>=|!=|=|<|>)\s*(.*)", re.DOTALL)
 

@@ -252,10 +252,11 @@ class ConfigureDeviceInput(_Frozen):
 
 
 class ConfigureOutcome(StrEnum):
-    """How it ended: the device runs it, or has not said so in time (it stays wanted)."""
+    """How it ended: the device runs it; has not said so in time (it stays wanted); or it could not be asked for."""
 
     APPLIED = "applied"
     TIMED_OUT = "timed-out"
+    REFUSED = "refused"
 
 
 class ConfigureDeviceResult(_Frozen):
