@@ -4,6 +4,9 @@ A command is asked for with every connection and every hint, and the gateway giv
 a device that lost its power in the middle is told again, and goes on. What has ended is kept with its answer: the same
 command again is answered, and never carried out twice.
 
+Between commands the same loop keeps the identity in order: a rotation that was cut is finished, a certificate near its
+end is renewed, the CAs to believe are asked for.
+
 The answer to a wipe goes out before the credentials go, for it needs them. The decision to wipe is durable before that.
 """
 
@@ -15,7 +18,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from agent.client import JobsClient, Passports
-from agent.credentials import Credentials, Pair, Standing
+from agent.credentials import Credentials, Pair, Standing, renewal_is_due
 from agent.enrolment import Enroller
 from agent.errors import CredentialError, EnrolmentError, RecordError, RequestError, RotationError
 from agent.records import decode_record, encode_record
@@ -38,6 +41,7 @@ PROOFS = 3
 ANSWERS = 3
 """Tries to say that the credentials will be wiped, before they are."""
 
+RENEW_AGAIN_SECONDS = 3600.0
 LEARN_SECONDS = 86_400.0
 """How often the device asks whom else to believe; a CA is announced long before it is used."""
 
@@ -128,6 +132,7 @@ class Commander:
         self._passports = passports
         self._server, self._trust = enrolled.server, enrolled.trust
         self._learned_at: float | None = None
+        self._renew_from = 0.0
         self._rotation = Rotation(enrolled.credentials, enrolled.server, enrolled.serial_number, self._prove)
         self._rhythm = rhythm
         self._clock = clock
@@ -170,12 +175,21 @@ class Commander:
             else:
                 await self._rotation.settle()
             await self._learn()
+            await self._renew()
         except RotationError as error:
             _say(self._client.thing, error)
         except (EnrolmentError, CredentialError) as error:
             _say(self._client.thing, error)
             return False
         return True
+
+    async def _renew(self) -> None:
+        """Come for the next certificate by itself, where nobody has asked for it in time; at most once in an hour."""
+        now, certificate = asyncio.get_running_loop().time(), self._credentials.certificate
+        if certificate is None or now < self._renew_from or not renewal_is_due(certificate, self._clock()):
+            return
+        self._renew_from = now + RENEW_AGAIN_SECONDS
+        await self._rotation.rotate(f"renewal of {self._credentials.record.current}")
 
     async def _learn(self) -> None:
         """With every start and once a day: the CAs that the enrolment server vouches for."""

@@ -40,6 +40,8 @@ from models.ids import THING_NAME
 FOLDER = "identity"
 RECORD_NAME = f"{FOLDER}/credentials.json"
 RECORD_KIND = "credentials"
+RENEW_IN_LAST = 0.2
+"""Share of a certificate's life: the server's sweep has had its chance, and 18 of 90 days are left to come through."""
 
 
 class Standing(StrEnum):
@@ -244,6 +246,15 @@ class Credentials:
 
     def _certificate(self, number: int) -> x509.Certificate:
         return x509.load_pem_x509_certificate(self._storage.read(_certificate_name(number)) or b"")
+
+
+def renewal_is_due(certificate: x509.Certificate, now: float) -> bool:
+    """Whether so little of its life is left that the device comes for the next one without being told.
+
+    Not once it has ended: then nobody gives another for it, and a clock that is years ahead must not make keys for ever.
+    """
+    begins, ends = certificate.not_valid_before_utc.timestamp(), certificate.not_valid_after_utc.timestamp()
+    return ends - (ends - begins) * RENEW_IN_LAST <= now < ends
 
 
 def make_request(key: ec.EllipticCurvePrivateKey, serial_number: str) -> bytes:

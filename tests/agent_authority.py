@@ -45,8 +45,8 @@ class TestCa:
     def __post_init__(self) -> None:
         self.certificate = self._sign(_name(self.name), self.key.public_key(), ca=True)
 
-    def issue(self, public_key: Any, common_name: str, *, server: bool = False) -> x509.Certificate:
-        return self._sign(_name(common_name), public_key, ca=False, server=server)
+    def issue(self, public_key: Any, common_name: str, *, server: bool = False, days: float = 30) -> x509.Certificate:
+        return self._sign(_name(common_name), public_key, ca=False, server=server, days=days)
 
     def files(self, folder: Path, common_name: str, *, server: bool = False) -> tuple[Path, Path]:
         """A certificate with its key, as files."""
@@ -61,7 +61,9 @@ class TestCa:
         path.write_bytes(self.certificate.public_bytes(Encoding.PEM))
         return path
 
-    def _sign(self, subject: x509.Name, public_key: Any, *, ca: bool, server: bool = False) -> x509.Certificate:
+    def _sign(
+        self, subject: x509.Name, public_key: Any, *, ca: bool, server: bool = False, days: float = 30
+    ) -> x509.Certificate:
         now = datetime.now(UTC)
         usage = ExtendedKeyUsageOID.SERVER_AUTH if server else ExtendedKeyUsageOID.CLIENT_AUTH
         builder = (
@@ -71,7 +73,7 @@ class TestCa:
             .public_key(public_key)
             .serial_number(x509.random_serial_number())
             .not_valid_before(now - DAY)
-            .not_valid_after(now + 30 * DAY)
+            .not_valid_after(now + days * DAY)
             .add_extension(x509.BasicConstraints(ca=ca, path_length=0 if ca else None), critical=True)
         )
         if not ca:
@@ -100,6 +102,7 @@ class StandInAuthority:
     away: int = 0
     refuse: str = ""
     forgets: int = 0
+    days: float = 30
     vouched_for: list[x509.Certificate] = field(default_factory=list)
     other_certificate: x509.Certificate | None = None
 
@@ -118,7 +121,7 @@ class StandInAuthority:
         key = request.public_key()
         found = self.by_key.get(public_bytes(request))
         if found is None:
-            found = self.device.issue(key, thing or f"thing-{serial}")
+            found = self.device.issue(key, thing or f"thing-{serial}", days=self.days)
             self.by_key[public_bytes(request)] = found
             self.valid.append(found)
         return found

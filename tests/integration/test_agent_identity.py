@@ -286,6 +286,19 @@ async def test_a_device_rotates_its_certificate_when_told_to_and_drops_the_old_o
     await rig.online()
 
 
+async def test_a_device_comes_for_its_next_certificate_by_itself_when_little_of_its_life_is_left(rig: Rig) -> None:
+    rig.authority.days = 0.1  # of 1.1 days, for it began a day ago
+    await rig.start()
+    await until(lambda: rig.authority.requests.count("simplereenroll") == 1, "the renewal")
+    await until(lambda: len(rig.authority.valid) == 1 and len(rig.authority.seen_to_work) == 2, "its end")
+    await rig.online()
+    await asyncio.sleep(1)
+    assert rig.authority.requests.count("simplereenroll") == 1, (
+        "a certificate that is as short costs one try in an hour"
+    )
+    assert rig.gateway.responses == []
+
+
 async def test_kill_9_in_the_middle_of_a_rotation_ends_in_a_rotated_device(rig: Rig) -> None:
     await rig.start()
     await rig.online()

@@ -18,7 +18,7 @@ from cryptography.hazmat.primitives.serialization import load_pem_private_key
 import agent.credentials
 from agent.commands import MAX_ENDED, CommandState, CommandStore, EndedCommand
 from agent.configuration import Configuration, ConfigurationStore
-from agent.credentials import Credentials, Pair, Standing, make_request, public_bytes
+from agent.credentials import Credentials, Pair, Standing, make_request, public_bytes, renewal_is_due
 from agent.enrolment import Claim, enrol
 from agent.errors import CredentialError, EnrolmentAwayError, RecordError, RotationError
 from agent.rotation import Rotation
@@ -304,6 +304,14 @@ async def test_a_wipe_that_is_cut_is_finished_at_the_next_start_and_stays(cut: C
                 await enrol(credentials, world.server, CLAIM, SERIAL)
             credentials.forgive_wipe()
             assert await enrol(credentials, world.server, CLAIM, SERIAL) == THING
+
+
+def test_a_renewal_is_due_in_the_last_fifth_of_a_certificates_life_and_not_after_it() -> None:
+    authority = StandInAuthority()
+    certificate = authority.device.issue(authority.device.key.public_key(), THING, days=99)  # 100 with the day before
+    ends = certificate.not_valid_after_utc.timestamp()
+    due = {days: renewal_is_due(certificate, ends - days * 86_400) for days in (101, 50, 21, 19, 0.1, -0.1, -4000)}
+    assert due == {101: False, 50: False, 21: False, 19: True, 0.1: True, -0.1: False, -4000: False}
 
 
 @pytest.mark.parametrize("cut", ["none", "all", "torn"])
