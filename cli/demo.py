@@ -167,7 +167,7 @@ class Demo:
         command += ["--state", str(state / "fleet"), "--base", str(base), "--base-version", OLD_VERSION]
         command += ["--product", PRODUCT, "--release-key", str(state / "release-key" / "release.pub")]
         command += ["--order-key", str(Path(str(endpoints.order_key)).with_suffix(".pub"))]
-        command += ["--mqtt", f"mqtt://{endpoints.mqtt_host}:{endpoints.mqtt_port}", "--seed", str(self.config.seed)]
+        command += ["--mqtt", str(endpoints.open_mqtt_url), "--seed", str(self.config.seed)]
         command += ["--fault", f"version={BAD_VERSION},{BAD_FAULTS}", "--confirm-within", str(CONFIRM_SECONDS)]
         command += ["--poll", "10", "--retry", "1", "--heartbeat", "5", "--answer-within", "5"]
         command += ["--ready-file", str(ready), "--report", str(state / "fleet.json")]
@@ -374,7 +374,7 @@ async def run_demo(config: DemoConfig, console: Console) -> dict[str, Any]:
     logs.configure("demo", Settings().model_copy(update={"log_level": "WARNING"}))
     console.print("starting PostgreSQL, Temporal, the MQTT broker, the artifact server, a worker and a gateway ...")
     settings = Settings().model_copy(update={"state_dir": config.state_dir})
-    async with EmbeddedStack(config.state_dir, settings=settings) as stack:
+    async with EmbeddedStack(config.state_dir, settings=settings, open_mqtt=True) as stack:
         db = Database(str(stack.endpoints.database_url))
         await db.open()
         client = await connect(str(stack.endpoints.temporal_address), settings.temporal_namespace)

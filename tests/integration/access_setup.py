@@ -296,7 +296,7 @@ class Stage:
     @asynccontextmanager
     async def gateway_ear(self) -> AsyncIterator["Ear"]:
         """What the engine hears."""
-        client = self.client(self.credentials(GATEWAY), engine=True, client_id="engine.ear")
+        client = self.client(self.credentials(GATEWAY), engine=True, client_id="engine@ear")
         async with ear(client, ["#", "$aws/#"]) as listening:
             yield listening
 
