@@ -358,7 +358,7 @@ async def ear(client: aiomqtt.Client, filters: Iterable[str]) -> AsyncIterator[E
                 await task
 
 
-def _open_folder() -> Path:
+def open_folder() -> Path:
     """A folder that the broker's account can read and write in."""
     folder = Path(tempfile.mkdtemp(prefix="tidegate-access-"))
     folder.chmod(0o755)
@@ -370,7 +370,7 @@ def _open_folder() -> Path:
 @asynccontextmanager
 async def stage(db: Database, mutate: Callable[[str], str] = lambda text: text) -> AsyncIterator[Stage]:
     """A running broker that enforces an empty registry."""
-    folder = _open_folder()
+    folder = open_folder()
     made = Stage(db, folder, MosquittoListeners(free_port(), free_port()), mutate)
     try:
         await made.prepare()

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from access.example import FOLDER, example
 from access.mosquitto import (
     DEVICE_READS,
     DEVICE_WRITES,
@@ -74,3 +75,8 @@ def test_a_name_that_could_be_a_line_of_its_own_is_refused(name: str) -> None:
 def test_the_access_keeper_may_use_its_canary_alone() -> None:
     section = engine_acl("tidegate/access/one/0f").split("user engine.access\n")[1]
     assert section == "topic readwrite tidegate/access/one/0f\n"
+
+
+def test_the_example_is_what_the_program_writes() -> None:
+    written = {path.name: path.read_text() for path in FOLDER.iterdir()}
+    assert written == example(), "run 'python -m access.example'"
