@@ -10,6 +10,8 @@ import socket
 import sys
 from collections.abc import Awaitable, Callable, Generator
 from contextlib import contextmanager, suppress
+from datetime import timedelta
+from functools import partial
 from typing import TypeVar
 
 import structlog
@@ -26,7 +28,7 @@ from observe import logs, metrics
 from store.engine import Database
 from store.enrolments import EnrolmentStore
 from store.peers import PeerStore
-from workflows.client import connect
+from workflows.client import connect, start_own_rotation
 
 log = structlog.get_logger("enrolment")
 
@@ -98,7 +100,13 @@ async def serve(settings: Settings) -> None:
         trust, changes = Trust(db, context), Changes(settings.database_url)
         await trust.refresh()
         service = EnrolmentService(
-            EnrolmentStore(db), PeerStore(db), client, changes, trust, settings.enrolment_wait_seconds
+            EnrolmentStore(db),
+            PeerStore(db),
+            client,
+            changes,
+            trust,
+            settings.enrolment_wait_seconds,
+            renewed=partial(start_own_rotation, client, overlap=timedelta(hours=settings.rotation_overlap_hours)),
         )
         listening = _listening(settings.enrolment_host, settings.enrolment_port)
         server = Server(

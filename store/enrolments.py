@@ -142,7 +142,7 @@ class EnrolmentStore:
                 return EnrolmentAnswer(EnrolmentState.REFUSED, refused)
             live = await _live(connection, asked.serial_number)
             if live is not None and live["spki_sha256"] == asked.spki_sha256:
-                return _joined(live, held.batch)
+                return _joined(live, held.batch, asked.serial_number)
             judged = judge_request(held.batch, await _facts(connection, held.batch, asked, live))
             if judged.admission is Admission.ADMIT:
                 admitted = await _admit(connection, held, asked, source)
@@ -285,9 +285,11 @@ async def _live(connection: AsyncConnection, serial_number: str) -> dict[str, An
         return await cursor.fetchone()
 
 
-def _joined(live: dict[str, Any], batch: Batch) -> EnrolmentAnswer:
+def _joined(live: dict[str, Any], batch: Batch, serial_number: str) -> EnrolmentAnswer:
     if live["batch"] != batch.name:
-        return EnrolmentAnswer(EnrolmentState.REFUSED, "this serial number is enrolled through another batch")
+        return EnrolmentAnswer(
+            EnrolmentState.REFUSED, f"serial number {serial_number} is enrolled through another batch than {batch.name}"
+        )
     return EnrolmentAnswer(EnrolmentState(live["state"]), live["reason"], live["enrolment_no"], live["pem"])
 
 

@@ -7,6 +7,8 @@ result = await handle.result()
 ```
 """
 
+from datetime import timedelta
+
 from temporalio.api.enums.v1 import IndexedValueType
 from temporalio.api.operatorservice.v1 import AddSearchAttributesRequest, ListSearchAttributesRequest
 from temporalio.client import Client, WorkflowHandle
@@ -25,8 +27,9 @@ from models.identity import (
     ProvisionDeviceResult,
     ReissueCertificateInput,
     ReissueCertificateResult,
+    RotateCertificateInput,
 )
-from models.ids import provision_workflow_id, reissue_workflow_id, rollout_workflow_id
+from models.ids import provision_workflow_id, reissue_workflow_id, rollout_workflow_id, rotate_workflow_id
 from models.quantities import format_duration, format_share
 from models.rollout import Phase, RolloutResult, StartRolloutInput
 from models.spec import RolloutSpec, WaveSpec
@@ -36,8 +39,10 @@ from workflows.options import (
     KIND_PROVISIONING,
     KIND_REISSUE,
     KIND_ROLLOUT,
+    KIND_ROTATION,
     PHASE,
     RELEASE,
+    ROTATION_WORKFLOW,
     SEARCH_ATTRIBUTES,
     START_TIMEOUT,
     TASK_QUEUE,
@@ -148,6 +153,23 @@ async def start_reissue(
             [SearchAttributePair(KIND, KIND_REISSUE), SearchAttributePair(DEVICE, request.device_id)]
         ),
         static_summary=f"next certificate of {request.device_id}",
+        rpc_timeout=START_TIMEOUT,
+    )
+
+
+async def start_own_rotation(client: Client, device_id: str, overlap: timedelta) -> None:
+    """See a rotation to its end that a device has begun by itself, or join the one that runs. Raises RPCError."""
+    await client.start_workflow(
+        ROTATION_WORKFLOW,
+        RotateCertificateInput(device_id=device_id, actor=f"device:{device_id}", ask=False, overlap=overlap),
+        id=rotate_workflow_id(device_id),
+        task_queue=TASK_QUEUE,
+        id_reuse_policy=WorkflowIDReusePolicy.ALLOW_DUPLICATE,
+        id_conflict_policy=WorkflowIDConflictPolicy.USE_EXISTING,
+        search_attributes=TypedSearchAttributes(
+            [SearchAttributePair(KIND, KIND_ROTATION), SearchAttributePair(DEVICE, device_id)]
+        ),
+        static_summary=f"{device_id} came by itself",
         rpc_timeout=START_TIMEOUT,
     )
 

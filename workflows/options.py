@@ -29,6 +29,9 @@ PREPARE_ARTIFACTS = "prepare_artifacts"
 PUBLISH_CRLS = "publish_crls"
 """activities.authorities.AuthorityActivities; by name, because a workflow has no use for a signer's imports."""
 
+ROTATION_WORKFLOW = "CertificateRotationWorkflow"
+"""workflows.rotation; by name, because who starts it where a device came by itself has no use for more."""
+
 # --- signals ---------------------------------------------------------------------------------------------------------
 
 WAVE_SOAKING = "wave_soaking"

@@ -138,7 +138,7 @@ class ProvisioningWorkflow:
             )
         )
         if activated.refused:
-            return self._result(ProvisionOutcome.FAILED, activated.refused)
+            raise _Undone(activated.refused)
         return self._result(ProvisionOutcome.ACTIVE, f"{device} connected, is configured and sends heartbeats")
 
     async def _expect(self, happening: DeviceHappening, limit: timedelta, late: str) -> None:

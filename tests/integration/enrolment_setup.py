@@ -93,9 +93,8 @@ class Pki:
             {"name": name, "device_type": "motor", "site_id": "plant-1", "max_devices": 1000, "expires_at": expires}
             | given
         )
-        key, now = new_key(), datetime.now(UTC)
-        certificate_ends = max(expires, now + timedelta(hours=1))
-        made = issue_claim(self.authority(AuthorityKind.CLAIM), key.public_key(), name, now, certificate_ends)
+        key, now = new_key(), min(datetime.now(UTC), expires - timedelta(minutes=1))
+        made = issue_claim(self.authority(AuthorityKind.CLAIM), key.public_key(), name, now, expires)
         await ClaimStore(db).create(spec, serials, pem_of(made), certificate_id(made), "alice")
         return write_pair(self.folder, f"claim-{name}", pem_of(made), key)
 
@@ -197,8 +196,11 @@ async def serving(
 
 
 @asynccontextmanager
-async def working(db: Database, client: Client, pki: Pki, *, hook: str | None = None) -> AsyncIterator[None]:
-    """Workers with the activities of provisioning and the CA's key, and the relay of the outbox."""
+async def working(
+    db: Database, client: Client, pki: Pki, *, hook: str | None = None, listed: bool = True
+) -> AsyncIterator[None]:
+    """Workers with the activities of provisioning and the CA's key, and the relay of the outbox. `listed`: what runs
+    in the end can be listed, and is ended."""
     store = ProvisioningStore(db)
     provisioning = ProvisioningActivities(store, EnrolmentHook(hook))
     issuing = IssuingActivities(store, CertificateSigner(db, pki.keys))
@@ -224,7 +226,8 @@ async def working(db: Database, client: Client, pki: Pki, *, hook: str | None = 
     )
     async with light, ca:
         yield
-        await _end_what_runs(client)
+        if listed:
+            await _end_what_runs(client)
     stop.set()
     with suppress(asyncio.CancelledError):
         await relay
