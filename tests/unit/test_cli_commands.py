@@ -59,6 +59,7 @@ def closed_port() -> int:
 def test_the_commands_are_those_of_the_documentation() -> None:
     assert {" ".join(words) for words in LEAVES} == {
         "up", "demo", "migrate",
+        "broker list", "broker setup",
         "device import", "device list", "device show",
         "release keygen", "release publish", "release list", "release show",
         "rollout start", "rollout watch", "rollout show", "rollout list", "rollout pause", "rollout resume",
@@ -102,6 +103,7 @@ def test_wrong_usage_has_status_2(words: tuple[str, ...]) -> None:
 # --- nobody answers --------------------------------------------------------------------------------------------------
 
 NEEDS_DATABASE = [
+    ("broker", "list"),
     ("device", "list"),
     ("device", "show", "m1"),
     ("release", "list"),
