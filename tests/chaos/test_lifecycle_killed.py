@@ -215,7 +215,9 @@ class World:
         }
         async with self.db.pool.connection() as connection:
             return {
-                what: [tuple(row) for row in await (await connection.execute(sql.encode(), {"device": device})).fetchall()]
+                what: [
+                    tuple(row) for row in await (await connection.execute(sql.encode(), {"device": device})).fetchall()
+                ]
                 for what, sql in asked.items()
             }
 
@@ -310,4 +312,4 @@ async def test_a_worker_that_dies_around_any_activity_of_a_lifecycle_leaves_no_t
             assert left == good, f"{kind} differs after a worker died {name}"
             outcome = getattr(results[kind, name], "outcome", None)
             assert outcome == getattr(results[kind, GOOD], "outcome", None)
-    print(f"{planned} deaths: {({kind: len(found) // 2 for kind, found in names.items()})} activities")  # noqa: T201
+    print(f"{planned} deaths: { ({kind: len(found) // 2 for kind, found in names.items()}) } activities")  # noqa: T201

@@ -60,6 +60,7 @@ def test_the_commands_are_those_of_the_documentation() -> None:
     assert {" ".join(words) for words in LEAVES} == {
         "up", "demo", "migrate",
         "ca init", "ca show", "ca roll", "ca retire", "ca crl",
+        "broker list", "broker setup",
         "device import", "device list", "device show",
         "release keygen", "release publish", "release list", "release show",
         "rollout start", "rollout watch", "rollout show", "rollout list", "rollout pause", "rollout resume",
@@ -107,6 +108,7 @@ NEEDS_DATABASE = [
     ("ca", "show"),
     ("ca", "retire", "abc"),
     ("ca", "crl"),
+    ("broker", "list"),
     ("device", "list"),
     ("device", "show", "m1"),
     ("release", "list"),
