@@ -20,7 +20,9 @@ from models.errors import InvalidInputError, Mistake, NotFoundError, SpecError
 from models.quantities import parse_duration
 from store.registry import Registry
 
-app = typer.Typer(help="Devices: import, list, show, enrol one by hand.", no_args_is_help=True)
+app = typer.Typer(
+    help="Devices: import, list, show, enrol one by hand, configure, rotate, decommission.", no_args_is_help=True
+)
 
 _TAG = re.compile(r"\s*([^<>=!]+?)\s*(<=|>=|!=|=|<|>)\s*(.*)", re.DOTALL)
 
@@ -70,13 +72,16 @@ async def list_devices(
     ] = None,
     id_: Annotated[list[str] | None, typer.Option("--id", metavar="ID", help="Device id; repeat for several.")] = None,
     inactive: Annotated[str | None, typer.Option(metavar="DURATION", help="No heartbeat for so long: 30m.")] = None,
+    drifted: Annotated[
+        bool, typer.Option("--drifted", help="Only those that run another configuration than they should.")
+    ] = False,
     limit: Annotated[int, typer.Option(min=0, help="Most devices to show; 0 only counts.")] = 50,
     after: Annotated[str | None, typer.Option(metavar="ID", help="Begin behind this device id.")] = None,
 ) -> None:
     """List devices: all that are not retired, or those that match every option given."""
     devices = filter_of(type_, site or [], tag or [], status or [], version or [], id_ or [], inactive)
     async with session.database() as db:
-        page = await Registry(db).find(devices, limit=limit, after=after)
+        page = await Registry(db).find(devices, limit=limit, after=after, drifted=drifted)
     now = datetime.now(UTC)
     rows = [
         (

@@ -49,6 +49,17 @@ class DeviceRecord(BaseModel):
     retired_at: datetime | None = None
     last_heartbeat: datetime | None = None
     uptime: int | None = Field(default=None, ge=0, le=2**63 - 1)
+    desired_config_version: int = Field(default=0, ge=0)
+    config_state: str | None = None
+    config_reported_at: datetime | None = None
+    barred_at: datetime | None = None
+    barred_reason: str | None = None
+
+
+KEPT_BY_TIDEGATE = frozenset(
+    {"desired_config_version", "config_state", "config_reported_at", "barred_at", "barred_reason"}
+)
+"""Fields that are shown and never imported: what they say follows from what was wanted, reported and decided."""
 
 
 class DeviceChanges(BaseModel):
