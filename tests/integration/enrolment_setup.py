@@ -21,7 +21,7 @@ from temporalio.client import Client
 from temporalio.service import RPCError
 from temporalio.worker import Worker
 
-from activities.authorities import ensure_authorities
+from activities.authorities import AuthorityActivities, ensure_authorities
 from activities.enrolment_hook import EnrolmentHook
 from activities.provisioning import IssuingActivities, ProvisioningActivities
 from activities.relay import OutboxRelay
@@ -31,7 +31,7 @@ from enrolment.service import EnrolmentService
 from enrolment.tls import PeerCertificateProtocol, server_context
 from enrolment.trust import Trust
 from enrolment.waiting import Changes
-from models.identity import AuthorityKind, AuthorityView, ClaimBatchSpec, DeviceHappening, PublishCrlsInput
+from models.identity import AuthorityKind, AuthorityView, ClaimBatchSpec, DeviceHappening
 from pki.authority import Authority, certificate_id, pem_of, read_certificate
 from pki.issue import issue_claim, issue_service
 from pki.pkcs7 import read_certs_only
@@ -203,6 +203,7 @@ async def working(
     in the end can be listed, and is ended."""
     store = ProvisioningStore(db)
     provisioning = ProvisioningActivities(store, EnrolmentHook(hook))
+    authorities = AuthorityActivities(db, pki.keys)
     issuing = IssuingActivities(store, CertificateSigner(db, pki.keys))
     stop = asyncio.Event()
     relay = asyncio.create_task(OutboxRelay(db, client, options.DEVICE_EVENT).run(stop))
@@ -223,7 +224,7 @@ async def working(
     ca = Worker(
         client,
         task_queue=options.CA_QUEUE,
-        activities=[issuing.issue_certificate, issuing.reissue_certificate, *publishing(db, pki)],
+        activities=[issuing.issue_certificate, issuing.reissue_certificate, authorities.publish_crls],
     )
     async with light, ca:
         yield
@@ -245,17 +246,6 @@ async def _end_what_runs(client: Client) -> None:
         if not running:
             return
         await asyncio.sleep(0.05)
-
-
-def publishing(db: Database, pki: Pki) -> list[Any]:
-    """What publishes revocation lists."""
-    from temporalio import activity
-
-    @activity.defn(name=options.PUBLISH_CRLS)
-    async def publish(_asked: PublishCrlsInput) -> None:
-        return None
-
-    return [publish]
 
 
 async def tell(db: Database, device_id: str, *happenings: DeviceHappening, **detail: Any) -> None:

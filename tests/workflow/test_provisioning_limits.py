@@ -89,6 +89,7 @@ async def undone(handle: Handle, db: Database, reason: str, after: timedelta) ->
     assert await value(db, row, reason)
     assert await value(db, "SELECT state = 'failed' AND reason = %s FROM enrolments", reason)
     assert await value(db, "SELECT count(*) FROM device_waits") == 0
+    assert await value(db, "SELECT revoked FROM crls ORDER BY number DESC LIMIT 1") == 1, "the list is out already"
     assert (
         await value(db, "SELECT count(*) FROM audit_events WHERE action = 'enrolment.failed' AND reason = %s", reason)
         == 1
