@@ -26,6 +26,7 @@ from temporalio.worker import Worker
 
 from activities.artifact_store import ArtifactStore
 from activities.artifacts import ArtifactActivities
+from activities.cache import CacheRelay
 from activities.rollouts import RolloutActivities
 from models.errors import InvalidInputError, TidegateError, UnavailableError
 from models.settings import Settings
@@ -174,6 +175,8 @@ async def serve(settings: Settings) -> None:
         async with asyncio.TaskGroup() as group:
             for worker in running:
                 group.create_task(worker.run())
+            if settings.redis_url:
+                group.create_task(CacheRelay(db.url, settings.redis_url).run(stop))
             metrics.mark_ready("worker")
             log.info(
                 "ready",

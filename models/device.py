@@ -26,8 +26,11 @@ class DeviceStatus(StrEnum):
     RETIRED = "retired"
 
 
-class DeviceRecord(BaseModel):
-    """One device as it is imported and shown. Times are UTC."""
+class DeviceFacts(BaseModel):
+    """What the registry knows of one device, without its presence, which changes with each heartbeat. Times are UTC.
+
+    Each field is a column of `devices`. This is what the lookup cache holds (store/lookup.py).
+    """
 
     model_config = ConfigDict(extra="forbid")
 
@@ -47,6 +50,11 @@ class DeviceRecord(BaseModel):
     created_at: datetime | None = None
     updated_at: datetime | None = None
     retired_at: datetime | None = None
+
+
+class DeviceRecord(DeviceFacts):
+    """One device as it is imported and shown: the facts, and when it was last heard."""
+
     last_heartbeat: datetime | None = None
     uptime: int | None = Field(default=None, ge=0, le=2**63 - 1)
 
