@@ -172,11 +172,12 @@ async def serve(settings: Settings) -> None:
             RolloutActivities(store, publisher),
             ArtifactActivities(ArtifactStore.of(settings), DeltaStore(db), store),
         )
+        cache = CacheRelay(db.url, settings.redis_url) if settings.redis_url else None
         async with asyncio.TaskGroup() as group:
             for worker in running:
                 group.create_task(worker.run())
-            if settings.redis_url:
-                group.create_task(CacheRelay(db.url, settings.redis_url).run(stop))
+            if cache is not None:
+                group.create_task(cache.run(stop))
             metrics.mark_ready("worker")
             log.info(
                 "ready",

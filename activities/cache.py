@@ -56,31 +56,35 @@ class CacheRelay:
 
     database_url: str
     redis_url: str
+    _writer: CacheWriter = field(init=False)
     _said: str = field(default="", init=False)
 
+    def __post_init__(self) -> None:
+        """Connects to nothing yet. Raises InvalidInputError where the address is none of Redis."""
+        self._writer = CacheWriter(open_redis(self.redis_url, TIMEOUT_SECONDS))
+
     async def run(self, stop: asyncio.Event) -> None:
-        """Relay until stopped, whatever fails on the way. Raises InvalidInputError where the address is none of Redis."""
-        writer = CacheWriter(open_redis(self.redis_url, TIMEOUT_SECONDS))
+        """Relay until stopped, whatever fails on the way."""
         try:
             while not stop.is_set():
                 try:
-                    await self._run_once(writer, stop)
+                    await self._run_once(stop)
                 except (psycopg.Error, RedisError, OSError, TidegateError) as error:
                     self._say("the lookup cache is not invalidated, so it is not used", error)
                 await _pause(stop, RETRY_SECONDS)
         finally:
             with suppress(RedisError, OSError):
-                await writer.close()
+                await self._writer.close()
 
-    async def _run_once(self, writer: CacheWriter, stop: asyncio.Event) -> None:
+    async def _run_once(self, stop: asyncio.Event) -> None:
         """Work until stopped, where no other relay does."""
         async with await psycopg.AsyncConnection.connect(
             self.database_url, autocommit=True, **_KEEPALIVE
         ) as connection:
             queue = CacheQueue(connection)
             if await queue.is_ours():
-                await self._serve(queue, writer, stop)
-                await _leave(queue, writer)
+                await self._serve(queue, self._writer, stop)
+                await _leave(queue, self._writer)
             else:
                 self._say("standing by: another worker invalidates the lookup cache")
 

@@ -9,7 +9,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from cli import device, release, rollout
+from cli import alert, audit, device, release, rollout
 from cli.command import DebugOption, JsonOption, Session, Shared, StateOption, command, guarded
 from cli.output import EXIT_HELP, ExitStatus
 from cli.up import up
@@ -76,6 +76,8 @@ async def migrate_database(session: Session) -> None:
 app.add_typer(device.app, name="device")
 app.add_typer(release.app, name="release")
 app.add_typer(rollout.app, name="rollout")
+app.add_typer(alert.app, name="alert")
+command(app, "audit")(audit.show_audit)
 
 
 def main() -> NoReturn:

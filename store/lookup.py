@@ -151,7 +151,7 @@ class Breaker:
             answer = await work
         except (RedisError, OSError, UnvouchedError) as error:
             _FAILURES.inc()
-            reason = f"{type(error).__name__}: {error}"
+            reason = str(error) if isinstance(error, UnvouchedError) else f"{type(error).__name__}: {error}"
             if reason != self.reason:
                 log.warning("asking PostgreSQL instead of Redis: %s", reason)
             self.reason, self._closed_until = reason, time.monotonic() + PAUSE_SECONDS

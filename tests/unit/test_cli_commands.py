@@ -59,7 +59,8 @@ def closed_port() -> int:
 def test_the_commands_are_those_of_the_documentation() -> None:
     assert {" ".join(words) for words in LEAVES} == {
         "up", "demo", "migrate",
-        "device import", "device list", "device show",
+        "device import", "device list", "device show", "device lookup",
+        "audit", "alert list", "alert acknowledge", "alert resolve",
         "release keygen", "release publish", "release list", "release show",
         "rollout start", "rollout watch", "rollout show", "rollout list", "rollout pause", "rollout resume",
         "rollout approve", "rollout promote", "rollout abort", "rollout adjust", "rollout device", "rollout devices",
@@ -104,6 +105,10 @@ def test_wrong_usage_has_status_2(words: tuple[str, ...]) -> None:
 NEEDS_DATABASE = [
     ("device", "list"),
     ("device", "show", "m1"),
+    ("device", "lookup", "m1"),
+    ("audit",),
+    ("alert", "list"),
+    ("alert", "resolve", "1"),
     ("release", "list"),
     ("rollout", "list"),
     ("rollout", "watch", "a"),
