@@ -22,14 +22,16 @@ from enum import StrEnum
 from typing import TypeVar
 
 from prometheus_client import Counter
+from psycopg import AsyncConnection, OperationalError
 from psycopg.rows import class_row
+from psycopg_pool import AsyncConnectionPool
 from pydantic import BaseModel, ConfigDict
 from redis.exceptions import RedisError
 
 from domain.mistakes import shown
 from models.device import DeviceFacts
 from models.errors import NotFoundError
-from store.device_cache import DeviceCache, Lease, UnvouchedError, Wanted, by_id, by_serial, open_redis
+from store.device_cache import CONNECTIONS, DeviceCache, Lease, UnvouchedError, Wanted, by_id, by_serial, open_redis
 from store.engine import Database
 
 TIMEOUT_SECONDS = 0.05
@@ -72,6 +74,11 @@ class DeviceLookup:
         self._db = db
         self._cache = DeviceCache(open_redis(redis_url, timeout_seconds)) if redis_url else None
         self._breaker = Breaker()
+        # One statement that reads needs no transaction and no question before whether the connection lives: 1 round
+        # trip instead of 4, half the cost on both sides.
+        self._readers: AsyncConnectionPool[AsyncConnection] = AsyncConnectionPool(
+            db.url, min_size=1, max_size=CONNECTIONS, open=False, kwargs={"autocommit": True}
+        )
 
     async def get(self, device_id: str) -> Found:
         """The device of this id; raises NotFoundError."""
@@ -86,7 +93,8 @@ class DeviceLookup:
         return found
 
     async def close(self) -> None:
-        """Close the connections to Redis."""
+        """Close every connection of its own."""
+        await self._readers.close()
         if self._cache is not None:
             with suppress(RedisError, OSError):
                 await self._cache.close()
@@ -116,12 +124,18 @@ class DeviceLookup:
         """The row as PostgreSQL has it, read after this was called."""
         if "\0" in value:
             return None
-        async with (
-            self._db.pool.connection() as connection,
-            connection.cursor(row_factory=class_row(DeviceFacts)) as cursor,
-        ):
-            await cursor.execute(f"{_SELECT} WHERE {column} = %s".encode(), (value,))
-            return await cursor.fetchone()
+        if self._readers.closed:
+            await self._readers.open()
+        try:
+            return await _select(self._readers, column, value)
+        except OperationalError:  # a connection that has died since its last use; the other pool gives none of these
+            return await _select(self._db.pool, column, value)
+
+
+async def _select(pool: AsyncConnectionPool[AsyncConnection], column: str, value: str) -> DeviceFacts | None:
+    async with pool.connection() as connection, connection.cursor(row_factory=class_row(DeviceFacts)) as cursor:
+        await cursor.execute(f"{_SELECT} WHERE {column} = %s".encode(), (value,))
+        return await cursor.fetchone()
 
 
 def _found(device: DeviceFacts, source: Source, why: str) -> Found:

@@ -162,6 +162,18 @@ async def test_without_redis_postgresql_is_asked(db: Database) -> None:
     await lookup.close()
 
 
+async def test_connections_that_postgresql_has_ended_do_not_fail_a_lookup(db: Database) -> None:
+    await Registry(db).create(
+        DeviceRecord(device_id="motor-7", device_type="motor", serial_number="S", site_id="berlin")
+    )
+    lookup = DeviceLookup(db, None)
+    await asyncio.gather(*(lookup.get("motor-7") for _ in range(20)))
+    async with await psycopg.AsyncConnection.connect(db.url, autocommit=True) as connection:
+        await connection.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid <> pg_backend_pid()")
+    await asyncio.gather(*(lookup.get("motor-7") for _ in range(20)))
+    await lookup.close()
+
+
 @pytest.mark.parametrize("url", ["127.0.0.1:6379", "http://127.0.0.1", "redis://127.0.0.1:port/0"])
 def test_an_odd_address_is_refused(db: Database, url: str) -> None:
     with pytest.raises(InvalidInputError, match="expected redis://host:port/0"):
