@@ -15,6 +15,7 @@ import socket
 import sys
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, NoReturn, TypeVar
 
@@ -27,17 +28,39 @@ from temporalio.worker import Worker
 from activities.artifact_store import ArtifactStore
 from activities.artifacts import ArtifactActivities
 from activities.cache import CacheRelay
+from activities.configuration import ConfigurationActivities
+from activities.decommission import DecommissionActivities
+from activities.enrolment_hook import EnrolmentHook
+from activities.fleet_rotation import FleetRotationActivities
+from activities.provisioning import IssuingActivities, ProvisioningActivities
+from activities.relay import OutboxRelay
 from activities.rollouts import RolloutActivities
+from activities.rotation import RotationActivities
+from activities.signing import CertificateSigner
 from models.errors import InvalidInputError, TidegateError, UnavailableError
+from models.lifecycle import RotateFleetInput
 from models.settings import Settings
 from observe import logs, metrics
+from pki.signer import key_store
+from store.configuring import ConfiguringStore
+from store.decommission import DecommissionStore
 from store.deltas import DeltaStore
 from store.engine import Database
+from store.provisioning import ProvisioningStore
 from store.rollouts import RolloutStore
+from store.rotation import RotationStore
 from transport.publisher import Publisher
+from transport.retained import RetainedMessages
 from workflows import options
 from workflows.client import connect, register_search_attributes
+from workflows.configuration import ConfigurationWorkflow
+from workflows.decommission import DecommissionWorkflow
+from workflows.fleet_rotation import FleetRotationWorkflow
+from workflows.lifecycle_client import ROTATION_SCHEDULE, TemporalFlows, ensure_rotation_schedule
+from workflows.provisioning import ProvisioningWorkflow
+from workflows.reissue import ReissueCertificateWorkflow
 from workflows.rollout import RolloutWorkflow
+from workflows.rotation import CertificateRotationWorkflow
 from workflows.sandbox import runner
 from workflows.wave import WaveWorkflow
 
@@ -61,6 +84,9 @@ SHORT_ACTIVITIES = 50
 BUILDERS = 1
 """Rollouts whose deltas are built at one time: a build takes a core and 17 times the image in memory."""
 
+SIGNERS = 20
+"""Certificates made at one time by one worker: each is a transaction with a signature in it."""
+
 DATABASE_CONNECTIONS = 50
 
 T = TypeVar("T")
@@ -81,8 +107,71 @@ async def _patiently(what: str, attempt: Callable[[], Awaitable[T]], stop: async
     return None
 
 
-def workers(client: Client, rollouts: RolloutActivities, artifacts: ArtifactActivities) -> list[Worker]:
-    """One worker per task queue."""
+@dataclass(frozen=True)
+class Lifecycle:
+    """The activities of devices' lives."""
+
+    configuration: ConfigurationActivities
+    rotation: RotationActivities
+    decommission: DecommissionActivities
+    fleet: FleetRotationActivities
+
+    @classmethod
+    def of(cls, db: Database, client: Client, publisher: Publisher, settings: Settings) -> "Lifecycle":
+        """With their collaborators."""
+        certificates, flows = RotationStore(db), TemporalFlows(client)
+        return cls(
+            ConfigurationActivities(ConfiguringStore(db), publisher),
+            RotationActivities(certificates, publisher),
+            DecommissionActivities(DecommissionStore(db), flows, publisher, RetainedMessages(settings)),
+            FleetRotationActivities(certificates, flows),
+        )
+
+    @property
+    def short(self) -> list[Callable[..., Any]]:
+        """Of one transaction, or a few seconds at most."""
+        configuration, rotation, decommission = self.configuration, self.rotation, self.decommission
+        return [
+            configuration.want_configuration,
+            configuration.hint_configuration,
+            configuration.end_configuration,
+            rotation.look_at_certificates,
+            rotation.ask_for_rotation,
+            rotation.settle_rotation,
+            rotation.give_up_rotation,
+            rotation.revert_rotation,
+            decommission.begin_decommission,
+            decommission.stop_flows,
+            decommission.ask_to_wipe,
+            decommission.retire_device,
+            decommission.clear_retained,
+            decommission.alert_retained_left,
+            decommission.end_decommission,
+        ]
+
+    @property
+    def lasting(self) -> list[Callable[..., Any]]:
+        """Those that wait or pace, and beat."""
+        return [self.decommission.await_brokers, self.fleet.rotate_fleet]
+
+
+LIFECYCLE_WORKFLOWS: list[type] = [
+    ConfigurationWorkflow,
+    CertificateRotationWorkflow,
+    DecommissionWorkflow,
+    FleetRotationWorkflow,
+]
+
+
+def workers(
+    client: Client,
+    rollouts: RolloutActivities,
+    artifacts: ArtifactActivities,
+    provisioning: ProvisioningActivities,
+    issuing: IssuingActivities | None,
+    lifecycle: Lifecycle,
+) -> list[Worker]:
+    """One worker per task queue; that of the CA only where its key is."""
     common: dict[str, Any] = {
         "identity": f"{socket.gethostname()}/{os.getpid()}",
         "graceful_shutdown_timeout": GRACE,
@@ -90,7 +179,13 @@ def workers(client: Client, rollouts: RolloutActivities, artifacts: ArtifactActi
     light = Worker(
         client,
         task_queue=options.TASK_QUEUE,
-        workflows=[RolloutWorkflow, WaveWorkflow],
+        workflows=[
+            RolloutWorkflow,
+            WaveWorkflow,
+            ProvisioningWorkflow,
+            ReissueCertificateWorkflow,
+            *LIFECYCLE_WORKFLOWS,
+        ],
         activities=[
             rollouts.plan_rollout,
             rollouts.write_plain_document,
@@ -98,6 +193,12 @@ def workers(client: Client, rollouts: RolloutActivities, artifacts: ArtifactActi
             rollouts.check_promotable,
             rollouts.set_job_status,
             rollouts.adjust_pace,
+            provisioning.check_enrolment,
+            provisioning.refuse_enrolment,
+            provisioning.mark_configured,
+            provisioning.activate_device,
+            provisioning.undo_provisioning,
+            *lifecycle.short,
         ],
         workflow_runner=runner(),
         max_concurrent_activities=SHORT_ACTIVITIES,
@@ -107,7 +208,7 @@ def workers(client: Client, rollouts: RolloutActivities, artifacts: ArtifactActi
     dispatch = Worker(
         client,
         task_queue=options.DISPATCH_QUEUE,
-        activities=[rollouts.drive_wave, rollouts.finish_rollout],
+        activities=[rollouts.drive_wave, rollouts.finish_rollout, *lifecycle.lasting],
         max_concurrent_activities=DRIVERS,
         max_heartbeat_throttle_interval=BEAT_THROTTLE,
         **common,
@@ -119,7 +220,24 @@ def workers(client: Client, rollouts: RolloutActivities, artifacts: ArtifactActi
         max_concurrent_activities=BUILDERS,
         **common,
     )
-    return [light, dispatch, cpu]
+    if issuing is None:
+        return [light, dispatch, cpu]
+    ca = Worker(
+        client,
+        task_queue=options.CA_QUEUE,
+        activities=[issuing.issue_certificate, issuing.reissue_certificate],
+        max_concurrent_activities=SIGNERS,
+        **common,
+    )
+    return [light, dispatch, cpu, ca]
+
+
+def _issuing(settings: Settings, db: Database) -> IssuingActivities | None:
+    """What signs certificates; None in a worker that has no CA's key."""
+    if settings.ca_dir is None:
+        return None
+    signer = CertificateSigner(db, key_store(settings), days=settings.certificate_days)
+    return IssuingActivities(ProvisioningStore(db), signer)
 
 
 def _runtime(settings: Settings) -> tuple[Runtime, int]:
@@ -148,6 +266,16 @@ async def _register(client: Client) -> None:
             log.info("registered search attributes", names=", ".join(added))
 
 
+async def _schedule(client: Client, settings: Settings) -> None:
+    """The hourly sweep for certificates that are due, where the server lets us make it."""
+    sweep = RotateFleetInput(overlap=timedelta(hours=settings.rotation_overlap_hours))
+    try:
+        if await ensure_rotation_schedule(client, sweep):
+            log.info("made the schedule of rotation", schedule=ROTATION_SCHEDULE)
+    except RPCError as error:
+        log.warning("cannot make the schedule of rotation; certificates end unless somebody does", reason=str(error))
+
+
 async def serve(settings: Settings) -> None:
     """Run until SIGTERM or SIGINT."""
     if not settings.database_url or not settings.temporal_address:
@@ -171,11 +299,16 @@ async def serve(settings: Settings) -> None:
             client,
             RolloutActivities(store, publisher),
             ArtifactActivities(ArtifactStore.of(settings), DeltaStore(db), store),
+            ProvisioningActivities(ProvisioningStore(db), EnrolmentHook(settings.enrolment_hook_url)),
+            _issuing(settings, db),
+            Lifecycle.of(db, client, publisher, settings),
         )
         cache = CacheRelay(db.url, settings.redis_url) if settings.redis_url else None
+        await _schedule(client, settings)
         async with asyncio.TaskGroup() as group:
             for worker in running:
                 group.create_task(worker.run())
+            group.create_task(OutboxRelay(db, client, options.DEVICE_EVENT).run(stop))
             if cache is not None:
                 group.create_task(cache.run(stop))
             metrics.mark_ready("worker")

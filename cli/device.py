@@ -1,5 +1,6 @@
-"""`device import | list | show | lookup`: the registry."""
+"""`device import | list | show | lookup | enroll`: the registry, and a device played by hand."""
 
+import asyncio
 import re
 import sys
 from collections.abc import Iterator
@@ -19,7 +20,10 @@ from models.errors import InvalidInputError, Mistake, NotFoundError, SpecError
 from models.quantities import parse_duration
 from store.registry import Registry
 
-app = typer.Typer(help="Devices: import, list, show, look up.", no_args_is_help=True)
+app = typer.Typer(
+    help="Devices: import, list, show, look up, enrol one by hand, configure, rotate, decommission.",
+    no_args_is_help=True,
+)
 
 LOOKUP_SECONDS = 1.0
 """For Redis: a command looks up once, over a connection that it has yet to make."""
@@ -71,13 +75,16 @@ async def list_devices(
     ] = None,
     id_: Annotated[list[str] | None, typer.Option("--id", metavar="ID", help="Device id; repeat for several.")] = None,
     inactive: Annotated[str | None, typer.Option(metavar="DURATION", help="No heartbeat for so long: 30m.")] = None,
+    drifted: Annotated[
+        bool, typer.Option("--drifted", help="Only those that run another configuration than they should.")
+    ] = False,
     limit: Annotated[int, typer.Option(min=0, help="Most devices to show; 0 only counts.")] = 50,
     after: Annotated[str | None, typer.Option(metavar="ID", help="Begin behind this device id.")] = None,
 ) -> None:
     """List devices: all that are not retired, or those that match every option given."""
     devices = filter_of(type_, site or [], tag or [], status or [], version or [], id_ or [], inactive)
     async with session.database() as db:
-        page = await Registry(db).find(devices, limit=limit, after=after)
+        page = await Registry(db).find(devices, limit=limit, after=after, drifted=drifted)
     now = datetime.now(UTC)
     rows = [
         (
@@ -141,6 +148,61 @@ async def look_up_device(
             await lookup.close()
     shown = [*_facts_of(found.device), ("source", f"{found.source}: {found.why}")]
     session.out.result(found, facts(shown))
+
+
+@command(app, "enroll")
+async def enroll_device(
+    session: Session,
+    serial: Annotated[str, typer.Argument(metavar="SERIAL", help="Serial number.")],
+    claim: Annotated[
+        Path, typer.Option(metavar="DIR", help="Directory with claim.key, claim.pem and ca.pem, of 'claim create'.")
+    ],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Gets key.pem, cert.pem, ca.pem and thing-name.")],
+    url: Annotated[
+        str | None,
+        typer.Option(metavar="URL", help="Enrolment server (TIDEGATE_ENROLMENT_URL).", show_default=False),
+    ] = None,
+    wait: Annotated[str, typer.Option(metavar="DURATION", help="How long to ask again while it waits.")] = "60s",
+) -> None:
+    """Play a device by hand: make a key, ask for a certificate with a claim certificate, and keep both.
+
+    Repeat it after an interruption: the key that is there is used again.
+    """
+    from cli.enroll import enroll
+
+    address = url or session.settings.enrolment_url
+    if address is None:
+        raise InvalidInputError(
+            "no enrolment server: give --url, set TIDEGATE_ENROLMENT_URL, or name a stack with --state"
+        )
+    try:
+        seconds = parse_duration(wait).total_seconds()
+    except (ValueError, OverflowError) as error:
+        raise InvalidInputError(f"--wait: {error}") from error
+    made = await asyncio.to_thread(enroll, address, serial, claim, out, seconds, session.out.say)
+    session.out.result(
+        {
+            "device_id": made.device_id,
+            "expires": made.expires,
+            "key": str(made.key),
+            "certificate": str(made.certificate),
+            "ca": str(made.ca),
+        },
+        facts(
+            [
+                ("thing name", made.device_id),
+                ("certificate", f"{made.certificate}, until {made.expires}"),
+                ("key", f"{made.key} (keep it secret)"),
+                ("ca", made.ca),
+            ]
+        ),
+    )
+    host, port = session.endpoints.mqtt_host or "BROKER", session.endpoints.mqtt_port or 8883
+    session.out.say(
+        f"next: connect with any MQTT client, as in\n  mosquitto_pub -h {host} -p {port} --cafile {made.ca} "
+        f"--cert {made.certificate} --key {made.key} -i {made.device_id} -q 1 -t 'devices/{made.device_id}/heartbeat' "
+        f'-m \'{{"deviceId": "{made.device_id}", "uptime": 1}}\''
+    )
 
 
 def filter_of(

@@ -37,8 +37,8 @@ LAST_SECOND = 253_402_300_799
 """9999-12-31T23:59:59Z."""
 
 _HARDWARE = re.compile(r"[^\x00-\x1f\x7f]{1,100}")
-_OPERATION = re.compile(r"[a-z][a-z0-9-]{0,39}")
-_NONCE = re.compile(r"[0-9a-f]{16,64}")
+OPERATION = re.compile(r"[a-z][a-z0-9-]{0,39}")
+NONCE = re.compile(r"[0-9a-f]{16,64}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +95,7 @@ def encode_release(statement: ReleaseStatement) -> bytes:
 
 def decode_release(payload: bytes) -> ReleaseStatement:
     """The statement in verified bytes. Raises StatementError."""
-    fields = _fields(payload, "release", _RELEASE_FIELDS, frozenset({"expires_at"}))
+    fields = read_fields(payload, "release", _RELEASE_FIELDS, frozenset({"expires_at"}))
     statement = ReleaseStatement(**{**fields, "hardware": _texts(fields["hardware"], "release", "hardware")})
     _check_release(statement)
     return statement
@@ -121,7 +121,7 @@ def encode_order(order: Order) -> bytes:
 
 def decode_order(payload: bytes) -> Order:
     """The order in verified bytes. Raises StatementError."""
-    fields = _fields(payload, "order", _ORDER_FIELDS, frozenset({"deltas"}))
+    fields = read_fields(payload, "order", _ORDER_FIELDS, frozenset({"deltas"}))
     if "deltas" in fields:
         fields["deltas"] = _texts(fields["deltas"], "order", "deltas")
     order = Order(**fields)
@@ -138,37 +138,40 @@ _ORDER_FIELDS = frozenset(
 
 
 def _check_release(statement: ReleaseStatement) -> None:
-    _text(statement.product, PRODUCT_NAME, "release", "product")
-    _text(statement.version, VERSION, "release", "version")
+    check_text(statement.product, PRODUCT_NAME, "release", "product")
+    check_text(statement.version, VERSION, "release", "version")
     for name in statement.hardware:
-        _text(name, _HARDWARE, "release", "hardware")
+        check_text(name, _HARDWARE, "release", "hardware")
     if not 1 <= len(statement.hardware) <= MAX_HARDWARE or len(set(statement.hardware)) != len(statement.hardware):
         raise StatementError(f"release: hardware must name 1 to {MAX_HARDWARE} kinds, each once")
-    _integer(statement.security_counter, 0, MAX_SECURITY_COUNTER, "release", "security_counter")
-    _text(statement.sha256, SHA256, "release", "sha256")
-    _integer(statement.size_bytes, 1, MAX_IMAGE_BYTES, "release", "size_bytes")
-    _integer(statement.published_at, 0, LAST_SECOND, "release", "published_at")
+    check_integer(statement.security_counter, 0, MAX_SECURITY_COUNTER, "release", "security_counter")
+    check_text(statement.sha256, SHA256, "release", "sha256")
+    check_integer(statement.size_bytes, 1, MAX_IMAGE_BYTES, "release", "size_bytes")
+    check_integer(statement.published_at, 0, LAST_SECOND, "release", "published_at")
     if statement.expires_at is not None:
-        _integer(statement.expires_at, statement.published_at + 1, LAST_SECOND, "release", "expires_at")
+        check_integer(statement.expires_at, statement.published_at + 1, LAST_SECOND, "release", "expires_at")
 
 
 def _check_order(order: Order) -> None:
-    _text(order.device_id, THING_NAME, "order", "device_id")
-    _text(order.job_id, JOB_ID, "order", "job_id")
-    _integer(order.attempt, 1, MAX_ATTEMPT, "order", "attempt")
-    _text(order.operation, _OPERATION, "order", "operation")
-    _text(order.release_sha256, SHA256, "order", "release_sha256")
-    _integer(order.issued_at, 0, LAST_SECOND, "order", "issued_at")
-    _integer(order.expires_at, order.issued_at + 1, LAST_SECOND, "order", "expires_at")
-    _text(order.nonce, _NONCE, "order", "nonce")
+    check_text(order.device_id, THING_NAME, "order", "device_id")
+    check_text(order.job_id, JOB_ID, "order", "job_id")
+    check_integer(order.attempt, 1, MAX_ATTEMPT, "order", "attempt")
+    check_text(order.operation, OPERATION, "order", "operation")
+    check_text(order.release_sha256, SHA256, "order", "release_sha256")
+    check_integer(order.issued_at, 0, LAST_SECOND, "order", "issued_at")
+    check_integer(order.expires_at, order.issued_at + 1, LAST_SECOND, "order", "expires_at")
+    check_text(order.nonce, NONCE, "order", "nonce")
     if order.deltas is not None:
         if len(order.deltas) > MAX_DELTAS:
             raise StatementError(f"order: {len(order.deltas)} deltas, at most {MAX_DELTAS} expected")
         for sha256 in order.deltas:
-            _text(sha256, SHA256, "order", "deltas")
+            check_text(sha256, SHA256, "order", "deltas")
 
 
-def _fields(payload: bytes, what: str, required: frozenset[str], optional: frozenset[str]) -> dict[str, Any]:
+def read_fields(
+    payload: bytes, what: str, required: frozenset[str], optional: frozenset[str] = frozenset()
+) -> dict[str, Any]:
+    """The members of a statement, exactly these. Raises StatementError naming what is missing or unknown."""
     fields = parse_strict(payload, max_bytes=MAX_PAYLOAD_BYTES)
     if not isinstance(fields, dict):
         raise StatementError(f"{what}: expected an object, found {type(fields).__name__}")
@@ -190,11 +193,13 @@ def _texts(value: Any, what: str, name: str) -> tuple[str, ...]:
     return tuple(value)
 
 
-def _text(value: object, pattern: re.Pattern[str], what: str, name: str) -> None:
+def check_text(value: object, pattern: re.Pattern[str], what: str, name: str) -> None:
+    """Raise StatementError for what is no text of this form."""
     if not isinstance(value, str) or not pattern.fullmatch(value):
         raise StatementError(f"{what}: {name} is {value!r:.80}, expected text of the form {pattern.pattern}")
 
 
-def _integer(value: object, least: int, most: int, what: str, name: str) -> None:
+def check_integer(value: object, least: int, most: int, what: str, name: str) -> None:
+    """Raise StatementError for what is no integer of this range."""
     if type(value) is not int or not least <= value <= most:
         raise StatementError(f"{what}: {name} is {value!r:.40}, expected an integer from {least} to {most}")

@@ -135,6 +135,109 @@ class ProvisionDeviceResult(_Frozen):
     certificate_id: str | None = None
 
 
+class EnrolmentVerdict(StrEnum):
+    """What a check of an enrolment came to."""
+
+    ISSUE = "issue"
+    WAIT = "wait"
+    """For a person, as the batch asks."""
+    REFUSE = "refuse"
+
+
+class CheckEnrolmentInput(_Frozen):
+    """May this enrolment have a certificate?"""
+
+    enrolment_no: int
+
+
+class CheckEnrolmentResult(_Frozen):
+    """The verdict, and why."""
+
+    verdict: EnrolmentVerdict
+    reason: str = ""
+    batch: str = ""
+
+
+class RefuseEnrolmentInput(_Frozen):
+    """End an enrolment that has no certificate."""
+
+    enrolment_no: int
+    actor: str
+    reason: str
+
+
+class IssueCertificateInput(_Frozen):
+    """Issue, register, configure: all of it or nothing. `workflow_id` is told what the device does from then on."""
+
+    enrolment_no: int
+    workflow_id: str
+    actor: str
+    reason: str = ""
+
+
+class IssueCertificateResult(_Frozen):
+    """What was issued; `refused` says why nothing was. `config_version` is None where no configuration is wanted."""
+
+    refused: str = ""
+    device_id: str = ""
+    certificate_id: str = ""
+    config_version: int | None = None
+
+
+class MarkConfiguredInput(_Frozen):
+    """The device runs its first configuration."""
+
+    device_id: str
+
+
+class ActivateDeviceInput(_Frozen):
+    """The device has been seen to work."""
+
+    enrolment_no: int
+    workflow_id: str
+    device_id: str
+    certificate_id: str
+
+
+class ActivateDeviceResult(_Frozen):
+    """`refused` says why the device could not become active."""
+
+    refused: str = ""
+
+
+class UndoProvisioningInput(_Frozen):
+    """Take back what was done: certificate revoked, the device in `error`, the enrolment failed."""
+
+    enrolment_no: int
+    workflow_id: str
+    reason: str
+
+
+class UndoProvisioningResult(_Frozen):
+    """How many certificates were revoked."""
+
+    revoked: int
+
+
+class ReissueCertificateInput(_Frozen):
+    """Starts `reissue:<device>/<key>`: a device that has a certificate asks for its next one, for another key."""
+
+    device_id: DeviceId
+    certificate_id: str
+    """The certificate with which it asked."""
+    public_key: str
+    """PEM."""
+    source: str | None = None
+
+
+class ReissueCertificateResult(_Frozen):
+    """The certificate, or why there is none."""
+
+    certificate_id: str = ""
+    certificate: str = ""
+    refused: str = ""
+
+
 # --- configuration ---------------------------------------------------------------------------------------------------
 
 
@@ -149,10 +252,11 @@ class ConfigureDeviceInput(_Frozen):
 
 
 class ConfigureOutcome(StrEnum):
-    """How it ended: the device runs it, or has not said so in time (it stays wanted)."""
+    """How it ended: the device runs it; has not said so in time (it stays wanted); or it could not be asked for."""
 
     APPLIED = "applied"
     TIMED_OUT = "timed-out"
+    REFUSED = "refused"
 
 
 class ConfigureDeviceResult(_Frozen):
@@ -262,6 +366,32 @@ class CertificateView(BaseModel):
     confirmed_at: datetime | None = None
     revoked_at: datetime | None = None
     revocation_reason: str | None = None
+
+
+class ConfigurationView(BaseModel):
+    """A version of a device's configuration as it is shown."""
+
+    device_id: str
+    version: int
+    config: dict[str, Any]
+    actor: str
+    reason: str = ""
+    created_at: datetime
+    acknowledged_at: datetime | None = None
+
+
+class CommandView(BaseModel):
+    """A command to a device as it is shown."""
+
+    request_id: str
+    device_id: str
+    operation: str
+    state: str
+    requested_by: str
+    created_at: datetime
+    expires_at: datetime
+    answered_at: datetime | None = None
+    answer: str | None = None
 
 
 class ClaimBatchSpec(BaseModel):

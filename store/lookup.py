@@ -1,7 +1,7 @@
 """Looking one device up, by id or by serial number: from Redis where it may be believed, else from PostgreSQL.
 
 What is kept is `DeviceFacts`: all that the registry knows but presence (last heartbeat, uptime), which changes with every
-heartbeat and is never cached. Where no Redis is given this is PostgreSQL alone. An answer from the cache is at most
+heartbeat, and whether the device is barred. Where no Redis is given this is PostgreSQL alone. An answer from the cache is at most
 `device_cache.FRESH_MS` old, whatever fails; what may rest on no old answer (who may speak: store/access.py) asks
 PostgreSQL. That there is no such device is not remembered: it may be created the next moment.
 

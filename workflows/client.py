@@ -7,6 +7,8 @@ result = await handle.result()
 ```
 """
 
+from datetime import timedelta
+
 from temporalio.api.enums.v1 import IndexedValueType
 from temporalio.api.operatorservice.v1 import AddSearchAttributesRequest, ListSearchAttributesRequest
 from temporalio.client import Client, WorkflowHandle
@@ -20,12 +22,37 @@ from temporalio.contrib.pydantic import pydantic_data_converter
 from temporalio.runtime import Runtime
 
 from models.errors import UnavailableError
-from models.ids import rollout_workflow_id
+from models.identity import (
+    ProvisionDeviceInput,
+    ProvisionDeviceResult,
+    ReissueCertificateInput,
+    ReissueCertificateResult,
+    RotateCertificateInput,
+)
+from models.ids import provision_workflow_id, reissue_workflow_id, rollout_workflow_id, rotate_workflow_id
 from models.quantities import format_duration, format_share
 from models.rollout import Phase, RolloutResult, StartRolloutInput
 from models.spec import RolloutSpec, WaveSpec
-from workflows.options import KIND, KIND_ROLLOUT, PHASE, RELEASE, SEARCH_ATTRIBUTES, TASK_QUEUE
+from workflows.options import (
+    DEVICE,
+    KIND,
+    KIND_PROVISIONING,
+    KIND_REISSUE,
+    KIND_ROLLOUT,
+    KIND_ROTATION,
+    PHASE,
+    RELEASE,
+    ROTATION_WORKFLOW,
+    SEARCH_ATTRIBUTES,
+    START_TIMEOUT,
+    TASK_QUEUE,
+)
+from workflows.provisioning import ProvisioningWorkflow
+from workflows.reissue import ReissueCertificateWorkflow
 from workflows.rollout import RolloutWorkflow
+
+MEMO_ENROLMENT = "enrolment_no"
+"""In the memo of `provision:<serial>`: which enrolment this run is for."""
 
 
 async def connect(address: str, namespace: str = "default", *, runtime: Runtime | None = None) -> Client:
@@ -84,6 +111,66 @@ async def start_rollout(client: Client, request: StartRolloutInput) -> WorkflowH
         search_attributes=search_attributes(spec),
         static_summary=summary(spec),
         static_details=details(spec, request.requested_by),
+    )
+
+
+async def start_provisioning(
+    client: Client, request: ProvisionDeviceInput
+) -> WorkflowHandle[ProvisioningWorkflow, ProvisionDeviceResult]:
+    """Start a serial number's provisioning, or join the one that runs. Raises RPCError where Temporal is away."""
+    return await client.start_workflow(
+        ProvisioningWorkflow.run,
+        request,
+        id=provision_workflow_id(request.serial_number),
+        task_queue=TASK_QUEUE,
+        id_reuse_policy=WorkflowIDReusePolicy.ALLOW_DUPLICATE,
+        id_conflict_policy=WorkflowIDConflictPolicy.USE_EXISTING,
+        search_attributes=TypedSearchAttributes(
+            [
+                SearchAttributePair(KIND, KIND_PROVISIONING),
+                SearchAttributePair(DEVICE, request.serial_number),
+                SearchAttributePair(PHASE, "checking"),
+            ]
+        ),
+        memo={MEMO_ENROLMENT: request.enrolment_no},
+        static_summary=f"enrolment {request.enrolment_no} of {request.serial_number}",
+        rpc_timeout=START_TIMEOUT,
+    )
+
+
+async def start_reissue(
+    client: Client, request: ReissueCertificateInput, spki_sha256: str
+) -> WorkflowHandle[ReissueCertificateWorkflow, ReissueCertificateResult]:
+    """Have a device's next certificate made, or join who does it already. Raises RPCError where Temporal is away."""
+    return await client.start_workflow(
+        ReissueCertificateWorkflow.run,
+        request,
+        id=reissue_workflow_id(request.device_id, spki_sha256),
+        task_queue=TASK_QUEUE,
+        id_reuse_policy=WorkflowIDReusePolicy.ALLOW_DUPLICATE,
+        id_conflict_policy=WorkflowIDConflictPolicy.USE_EXISTING,
+        search_attributes=TypedSearchAttributes(
+            [SearchAttributePair(KIND, KIND_REISSUE), SearchAttributePair(DEVICE, request.device_id)]
+        ),
+        static_summary=f"next certificate of {request.device_id}",
+        rpc_timeout=START_TIMEOUT,
+    )
+
+
+async def start_own_rotation(client: Client, device_id: str, overlap: timedelta) -> None:
+    """See a rotation to its end that a device has begun by itself, or join the one that runs. Raises RPCError."""
+    await client.start_workflow(
+        ROTATION_WORKFLOW,
+        RotateCertificateInput(device_id=device_id, actor=f"device:{device_id}", ask=False, overlap=overlap),
+        id=rotate_workflow_id(device_id),
+        task_queue=TASK_QUEUE,
+        id_reuse_policy=WorkflowIDReusePolicy.ALLOW_DUPLICATE,
+        id_conflict_policy=WorkflowIDConflictPolicy.USE_EXISTING,
+        search_attributes=TypedSearchAttributes(
+            [SearchAttributePair(KIND, KIND_ROTATION), SearchAttributePair(DEVICE, device_id)]
+        ),
+        static_summary=f"{device_id} came by itself",
+        rpc_timeout=START_TIMEOUT,
     )
 
 

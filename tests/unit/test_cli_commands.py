@@ -59,7 +59,11 @@ def closed_port() -> int:
 def test_the_commands_are_those_of_the_documentation() -> None:
     assert {" ".join(words) for words in LEAVES} == {
         "up", "demo", "migrate",
-        "device import", "device list", "device show", "device lookup",
+        "claim create", "claim list", "claim show", "claim disable", "claim allow",
+        "enrolment list", "enrolment show", "enrolment approve", "enrolment reject", "enrolment resolve",
+        "device import", "device list", "device show", "device lookup", "device enroll",
+        "device configure", "device configuration", "device certificates", "device rotate", "device revoke",
+        "device decommission", "device release", "rotation start", "rotation status",
         "audit", "alert list", "alert acknowledge", "alert resolve",
         "release keygen", "release publish", "release list", "release show",
         "rollout start", "rollout watch", "rollout show", "rollout list", "rollout pause", "rollout resume",
