@@ -13,7 +13,6 @@ import os
 import signal
 import subprocess
 import sys
-import uuid
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -312,4 +311,4 @@ async def test_a_worker_that_dies_around_any_activity_of_a_lifecycle_leaves_no_t
             assert left == good, f"{kind} differs after a worker died {name}"
             outcome = getattr(results[kind, name], "outcome", None)
             assert outcome == getattr(results[kind, GOOD], "outcome", None)
-    print(f"{planned} deaths: { ({kind: len(found) // 2 for kind, found in names.items()}) } activities")  # noqa: T201
+    print(f"{planned} deaths: { ({kind: len(found) // 2 for kind, found in names.items()}) } activities")
