@@ -188,6 +188,31 @@ async def test_a_revoked_device_certificate_is_refused_from_the_commit_on(door: 
     assert await value(db, "SELECT count(*) FROM certificates") == 1
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("UPDATE certificates SET not_after = now() - interval '1 s'", "this certificate of SN-1 has expired"),
+        ("UPDATE devices SET status = 'retired'", "device SN-1 is retired"),
+        ("UPDATE devices SET barred_at = now(), barred_reason = 'cloned'", "device SN-1 is barred: cloned"),
+        (
+            "UPDATE authorities SET state = 'retired' WHERE kind = 'device'",
+            "the authority of this certificate is retired",
+        ),
+    ],
+)
+async def test_a_device_certificate_that_is_worth_nothing_any_more_gets_a_sentence(
+    door: Door, db: Database, pki: Pki, change: str, said: str
+) -> None:
+    device = door.client(await enrolled(door, door.client(await pki.batch(db))))
+    async with db.pool.connection() as connection:
+        await connection.execute(change.encode())
+    answers = [
+        await device.post(CONFIRM),
+        await device.post(REENROLL, content=body_for("SN-1", new_key()), headers=PKCS10),
+    ]
+    assert [(answer.status_code, answer.text) for answer in answers] == [(403, f"{said}\n")] * 2
+
+
 async def test_mutant_without_the_look_at_the_registry_a_revoked_device_gets_its_next_certificate(
     door: Door, db: Database, pki: Pki, monkeypatch: pytest.MonkeyPatch
 ) -> None:
