@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import subprocess
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import httpx
@@ -11,6 +12,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import NameOID
 from temporalio.client import Client
 
+from enrolment import est
 from models.identity import AuthorityKind, DeviceHappening, ProvisionOutcome, RevocationReason
 from pki.authority import make_authority, pem_of
 from pki.pkcs7 import read_certs_only
@@ -111,6 +113,19 @@ async def test_what_is_no_request_gets_400_and_a_sentence(door: Door, db: Databa
         answer = await claim.post(ENROLL, content=content, headers=headers)
         assert (answer.status_code, said in answer.text, answer.text.count("\n")) == (400, True, 1), answer.text
     assert await value(db, "SELECT count(*) FROM enrolments") == 0
+
+
+async def test_a_body_that_does_not_come_is_not_waited_for_long(
+    door: Door, db: Database, pki: Pki, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def drip() -> AsyncIterator[bytes]:
+        yield b"MIIB"
+        await asyncio.sleep(5)
+
+    monkeypatch.setattr(est, "BODY_SECONDS", 0.3)
+    claim = door.client(await pki.batch(db))
+    answer = await claim.post(ENROLL, content=drip(), headers=PKCS10)
+    assert (answer.status_code, "did not come within" in answer.text) == (400, True)
 
 
 async def test_cacerts_needs_no_certificate_and_gives_the_service_and_device_authorities(door: Door, pki: Pki) -> None:
