@@ -1,5 +1,6 @@
-"""`device import | list | show`: the registry."""
+"""`device import | list | show | lookup | enroll`: the registry, and a device played by hand."""
 
+import asyncio
 import re
 import sys
 from collections.abc import Iterator
@@ -14,13 +15,18 @@ from cli.command import Session, command
 from cli.output import ago, facts, printable, table
 from domain.device_rows import MAX_LINE_BYTES, Format, format_of
 from domain.mistakes import faults_of, path_of
-from models.device import DeviceFilter, DeviceRecord, DeviceStatus
+from models.device import DeviceFacts, DeviceFilter, DeviceStatus
 from models.errors import InvalidInputError, Mistake, NotFoundError, SpecError
 from models.quantities import parse_duration
 from store.registry import Registry
 
-app = typer.Typer(help="Devices: import, list, show.", no_args_is_help=True)
+app = typer.Typer(
+    help="Devices: import, list, show, look up, enrol one by hand, configure, rotate, decommission.",
+    no_args_is_help=True,
+)
 
+LOOKUP_SECONDS = 1.0
+"""For Redis: a command looks up once, over a connection that it has yet to make."""
 _TAG = re.compile(r"\s*([^<>=!]+?)\s*(<=|>=|!=|=|<|>)\s*(.*)", re.DOTALL)
 
 
@@ -119,6 +125,86 @@ async def show_device(
     session.out.result(device, facts(_facts_of(device)))
 
 
+@command(app, "lookup")
+async def look_up_device(
+    session: Session,
+    device_id: Annotated[str | None, typer.Argument(help="Device id.")] = None,
+    serial: Annotated[str | None, typer.Option(help="Find it by its serial number instead.")] = None,
+) -> None:
+    """Look a device up as programs do: in Redis where TIDEGATE_REDIS_URL is set and a worker keeps it right.
+
+    Says where the answer came from (source: redis or postgresql) and why. It has no heartbeat, which is never cached, and
+    may be two seconds old; 'device show' asks the registry itself.
+    """
+    from store.lookup import DeviceLookup  # the client of Redis takes a while to import
+
+    if (device_id is None) == (serial is None):
+        raise InvalidInputError("cannot look a device up: expected either a device id or --serial")
+    async with session.database() as db:
+        lookup = DeviceLookup(db, session.settings.redis_url, timeout_seconds=LOOKUP_SECONDS)
+        try:
+            found = await (lookup.get(device_id) if device_id is not None else lookup.get_by_serial(serial or ""))
+        finally:
+            await lookup.close()
+    shown = [*_facts_of(found.device), ("source", f"{found.source}: {found.why}")]
+    session.out.result(found, facts(shown))
+
+
+@command(app, "enroll")
+async def enroll_device(
+    session: Session,
+    serial: Annotated[str, typer.Argument(metavar="SERIAL", help="Serial number.")],
+    claim: Annotated[
+        Path, typer.Option(metavar="DIR", help="Directory with claim.key, claim.pem and ca.pem, of 'claim create'.")
+    ],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Gets key.pem, cert.pem, ca.pem and thing-name.")],
+    url: Annotated[
+        str | None,
+        typer.Option(metavar="URL", help="Enrolment server (TIDEGATE_ENROLMENT_URL).", show_default=False),
+    ] = None,
+    wait: Annotated[str, typer.Option(metavar="DURATION", help="How long to ask again while it waits.")] = "60s",
+) -> None:
+    """Play a device by hand: make a key, ask for a certificate with a claim certificate, and keep both.
+
+    Repeat it after an interruption: the key that is there is used again.
+    """
+    from cli.enroll import enroll
+
+    address = url or session.settings.enrolment_url
+    if address is None:
+        raise InvalidInputError(
+            "no enrolment server: give --url, set TIDEGATE_ENROLMENT_URL, or name a stack with --state"
+        )
+    try:
+        seconds = parse_duration(wait).total_seconds()
+    except (ValueError, OverflowError) as error:
+        raise InvalidInputError(f"--wait: {error}") from error
+    made = await asyncio.to_thread(enroll, address, serial, claim, out, seconds, session.out.say)
+    session.out.result(
+        {
+            "device_id": made.device_id,
+            "expires": made.expires,
+            "key": str(made.key),
+            "certificate": str(made.certificate),
+            "ca": str(made.ca),
+        },
+        facts(
+            [
+                ("thing name", made.device_id),
+                ("certificate", f"{made.certificate}, until {made.expires}"),
+                ("key", f"{made.key} (keep it secret)"),
+                ("ca", made.ca),
+            ]
+        ),
+    )
+    host, port = session.endpoints.mqtt_host or "BROKER", session.endpoints.mqtt_port or 8883
+    session.out.say(
+        f"next: connect with any MQTT client, as in\n  mosquitto_pub -h {host} -p {port} --cafile {made.ca} "
+        f"--cert {made.certificate} --key {made.key} -i {made.device_id} -q 1 -t 'devices/{made.device_id}/heartbeat' "
+        f'-m \'{{"deviceId": "{made.device_id}", "uptime": 1}}\''
+    )
+
+
 def filter_of(
     type_: str | None,
     site: list[str],
@@ -165,8 +251,8 @@ def tag_of(written: str) -> tuple[str, str]:
     return key, value if operator == "=" else operator + value
 
 
-def _facts_of(device: DeviceRecord) -> Iterator[tuple[str, object]]:
-    for name in DeviceRecord.model_fields:
+def _facts_of(device: DeviceFacts) -> Iterator[tuple[str, object]]:
+    for name in type(device).model_fields:
         value = getattr(device, name)
         if isinstance(value, dict):
             for key, inner in value.items():

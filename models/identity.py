@@ -135,6 +135,109 @@ class ProvisionDeviceResult(_Frozen):
     certificate_id: str | None = None
 
 
+class EnrolmentVerdict(StrEnum):
+    """What a check of an enrolment came to."""
+
+    ISSUE = "issue"
+    WAIT = "wait"
+    """For a person, as the batch asks."""
+    REFUSE = "refuse"
+
+
+class CheckEnrolmentInput(_Frozen):
+    """May this enrolment have a certificate?"""
+
+    enrolment_no: int
+
+
+class CheckEnrolmentResult(_Frozen):
+    """The verdict, and why."""
+
+    verdict: EnrolmentVerdict
+    reason: str = ""
+    batch: str = ""
+
+
+class RefuseEnrolmentInput(_Frozen):
+    """End an enrolment that has no certificate."""
+
+    enrolment_no: int
+    actor: str
+    reason: str
+
+
+class IssueCertificateInput(_Frozen):
+    """Issue, register, configure: all of it or nothing. `workflow_id` is told what the device does from then on."""
+
+    enrolment_no: int
+    workflow_id: str
+    actor: str
+    reason: str = ""
+
+
+class IssueCertificateResult(_Frozen):
+    """What was issued; `refused` says why nothing was. `config_version` is None where no configuration is wanted."""
+
+    refused: str = ""
+    device_id: str = ""
+    certificate_id: str = ""
+    config_version: int | None = None
+
+
+class MarkConfiguredInput(_Frozen):
+    """The device runs its first configuration."""
+
+    device_id: str
+
+
+class ActivateDeviceInput(_Frozen):
+    """The device has been seen to work."""
+
+    enrolment_no: int
+    workflow_id: str
+    device_id: str
+    certificate_id: str
+
+
+class ActivateDeviceResult(_Frozen):
+    """`refused` says why the device could not become active."""
+
+    refused: str = ""
+
+
+class UndoProvisioningInput(_Frozen):
+    """Take back what was done: certificate revoked, the device in `error`, the enrolment failed."""
+
+    enrolment_no: int
+    workflow_id: str
+    reason: str
+
+
+class UndoProvisioningResult(_Frozen):
+    """How many certificates were revoked."""
+
+    revoked: int
+
+
+class ReissueCertificateInput(_Frozen):
+    """Starts `reissue:<device>/<key>`: a device that has a certificate asks for its next one, for another key."""
+
+    device_id: DeviceId
+    certificate_id: str
+    """The certificate with which it asked."""
+    public_key: str
+    """PEM."""
+    source: str | None = None
+
+
+class ReissueCertificateResult(_Frozen):
+    """The certificate, or why there is none."""
+
+    certificate_id: str = ""
+    certificate: str = ""
+    refused: str = ""
+
+
 # --- configuration ---------------------------------------------------------------------------------------------------
 
 
@@ -149,10 +252,11 @@ class ConfigureDeviceInput(_Frozen):
 
 
 class ConfigureOutcome(StrEnum):
-    """How it ended: the device runs it, or has not said so in time (it stays wanted)."""
+    """How it ended: the device runs it; has not said so in time (it stays wanted); or it could not be asked for."""
 
     APPLIED = "applied"
     TIMED_OUT = "timed-out"
+    REFUSED = "refused"
 
 
 class ConfigureDeviceResult(_Frozen):
@@ -225,6 +329,57 @@ class DecommissionDeviceResult(_Frozen):
     certificates_revoked: int
     retained_cleared: int
     reason: str
+
+
+# --- upkeep of revocation lists ----------------------------------------------------------------------------------------
+
+
+class PublishCrlsInput(_Frozen):
+    """Sign the revocation lists that are due, or with `force` all of them."""
+
+    force: bool = False
+    actor: str = "upkeep"
+
+
+class PublishedCrlFacts(_Frozen):
+    """A list that was signed just now, and why."""
+
+    authority_id: str
+    name: str
+    number: int
+    revoked: int
+    next_update: datetime
+    reason: str
+
+
+class PublishCrlsResult(_Frozen):
+    """`standing`: lists that were good as they are. `failed`: authorities for which no repetition will sign one."""
+
+    signed: tuple[PublishedCrlFacts, ...] = ()
+    standing: int = 0
+    failed: tuple[str, ...] = ()
+
+
+class CheckAuthoritiesInput(_Frozen):
+    """Look whether lists are being renewed and authorities last; alerts say where not."""
+
+
+class CheckAuthoritiesResult(_Frozen):
+    """The texts of the alerts that stand."""
+
+    alerts: tuple[str, ...] = ()
+
+
+class KeepCrlsInput(_Frozen):
+    """One round of upkeep (`upkeep:crl`)."""
+
+
+class KeepCrlsResult(_Frozen):
+    """What was signed, what is wrong; `reason` for a person."""
+
+    reason: str
+    signed: tuple[PublishedCrlFacts, ...] = ()
+    alerts: tuple[str, ...] = ()
 
 
 # --- what is shown ---------------------------------------------------------------------------------------------------

@@ -21,7 +21,10 @@ VERSION = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9.+_-]{0,49}")
 SHA256 = re.compile(r"[0-9a-f]{64}")
 SERIAL_NUMBER = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9:._-]{0,63}")
 """A serial number that can be enrolled; the registry holds others too. 64 characters: X.520's bound."""
-BATCH_NAME = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9_-]{0,63}")
+MAX_COMMON_NAME_CHARS = 64
+"""X.520's bound: a longer device id cannot stand in a certificate."""
+BATCH_NAME = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9_-]{0,57}")
+"""58 characters: with `claim.` before it, it has to stand in a certificate."""
 ENGINE_PREFIX, CLAIM_PREFIX = "engine.", "claim."
 """How common names of services and of claim certificates begin. No thing name has a dot, so no device can bear one."""
 
@@ -77,9 +80,18 @@ def rotate_workflow_id(device_id: str) -> str:
     return f"rotate:{device_id}"
 
 
+def reissue_workflow_id(device_id: str, spki_sha256: str) -> str:
+    """Workflow id of the issue of a device's next certificate, for one key: `reissue:<device>/<key>`."""
+    return f"reissue:{device_id}/{spki_sha256[:16]}"
+
+
 def decommission_workflow_id(device_id: str) -> str:
     """Workflow id of a device's decommissioning: `decommission:<device>`."""
     return f"decommission:{device_id}"
+
+
+FLEET_ROTATION = "rotation"
+"""Workflow id of a sweep that a person started; those of the schedule have the time behind the schedule's name."""
 
 
 def subject_of_workflow(workflow_id: str) -> tuple[str, str]:

@@ -23,7 +23,7 @@ from psycopg.types.json import Jsonb
 from domain.device_rows import DeviceRow, Format, read_rows
 from domain.mistakes import shown
 from models.device import DeviceChanges, DeviceFilter, DeviceRecord, DeviceStatus
-from models.errors import ConflictError, ImportRowError, InvalidInputError, Mistake, NotFoundError
+from models.errors import ConflictError, ImportRowError, InvalidInputError, Mistake, NotFoundError, RefusedError
 from models.views import DevicePage, ImportResult
 from store.configurations import CONFIG_STATE
 from store.engine import Database
@@ -68,6 +68,26 @@ SELECT i.line, i.serial_number, d.device_id
 FROM incoming i JOIN devices d ON d.serial_number = i.serial_number
 WHERE d.device_id <> i.device_id ORDER BY i.line
 """
+
+_NOT_BURIED = (
+    "NOT EXISTS (SELECT FROM tombstones t WHERE t.device_id = d.device_id AND t.serial_number = d.serial_number "
+    "AND t.released_at IS NULL)"
+)
+_ANY_BURIED = "SELECT EXISTS (SELECT FROM tombstones WHERE released_at IS NULL)"
+
+_BURIED = f"""
+SELECT i.line, i.device_id, t.device_id, t.serial_number, t.retired_at
+FROM (
+    SELECT i.line, t.tombstone_no FROM incoming i JOIN tombstones t USING (serial_number) WHERE t.released_at IS NULL
+    UNION
+    SELECT i.line, t.tombstone_no FROM incoming i JOIN tombstones t USING (device_id) WHERE t.released_at IS NULL
+) found
+JOIN incoming i USING (line) JOIN tombstones t USING (tombstone_no) LEFT JOIN devices d ON d.device_id = i.device_id
+WHERE NOT (i.device_id = t.device_id AND i.serial_number = t.serial_number
+           AND (i.status = 'retired' OR d.status = 'retired' AND i.given & {_BIT["status"]} = 0))
+ORDER BY i.line
+"""
+"""Rows that would bring back what was decommissioned; a file may still speak of it as retired."""
 
 _LOCK_KNOWN = """
 SELECT count(*) FROM (
@@ -148,6 +168,7 @@ class Registry:
             await connection.execute("ANALYZE incoming")
             await connection.execute("SELECT pg_advisory_xact_lock(%s)", (_IMPORT_LOCK,))
             await _refuse_taken_serials(connection, mistakes)
+            await _refuse_buried(connection, mistakes)
             created, updated = await _merge(connection, source)
             if created + updated >= _ANALYZED_ROWS:
                 await connection.execute("ANALYZE devices")
@@ -163,6 +184,7 @@ class Registry:
         statement = sql.SQL("INSERT INTO devices ({}) VALUES ({})").format(names, marks)
         try:
             async with self._db.pool.connection() as connection:
+                await _refuse_return(connection, device)
                 await connection.execute(statement, values)
         except errors.UniqueViolation as error:
             taken = "serial number" if "serial" in (error.diag.constraint_name or "") else "id"
@@ -187,9 +209,14 @@ class Registry:
         return found
 
     async def update(self, device_id: str, changes: DeviceChanges) -> DeviceRecord:
-        """Change what is set in `changes`; raises NotFoundError."""
+        """Change what is set in `changes`; raises NotFoundError, and RefusedError for what was decommissioned."""
         if not await self._change("d.device_id = %(wanted)s", {"wanted": device_id}, changes):
-            await self.get(device_id)
+            kept = await self.get(device_id)
+            if "status" in changes.model_fields_set and kept.status is not changes.status:
+                raise RefusedError(
+                    f"cannot make device {device_id} {changes.status}: it was decommissioned; "
+                    f"'device release {kept.serial_number}' lifts that"
+                )
         return await self.get(device_id)
 
     async def retire(self, device_id: str) -> DeviceRecord:
@@ -261,6 +288,8 @@ class Registry:
             return 0
         if "status" in values:
             retired = changes.status is DeviceStatus.RETIRED
+            if not retired:
+                clause = f"({clause}) AND {_NOT_BURIED}"
             values["retired_at"] = datetime.now(UTC) if retired else None
         compared = [name for name in values if name != "retired_at"]  # retiring what is retired changes nothing
         statement = sql.SQL(
@@ -337,6 +366,34 @@ async def _refuse_taken_serials(connection: AsyncConnection, mistakes: _Mistakes
         message = f"{shown(serial_number)} is the serial number of device {owner}, which is in the registry already"
         mistakes.add(Mistake("serial_number", message, line))
     mistakes.raise_if_any()
+
+
+async def _refuse_return(connection: AsyncConnection, device: DeviceRecord) -> None:
+    cursor = await connection.execute(
+        "SELECT device_id, serial_number, retired_at FROM tombstones WHERE released_at IS NULL "
+        "AND (serial_number = %s OR device_id = %s) LIMIT 1",
+        (device.serial_number, device.device_id),
+    )
+    if (row := await cursor.fetchone()) is not None:
+        raise ConflictError(f"cannot create device {device.device_id}: {buried_text(*row)}")
+
+
+async def _refuse_buried(connection: AsyncConnection, mistakes: _Mistakes) -> None:
+    if not (await (await connection.execute(_ANY_BURIED)).fetchone() or (False,))[0]:
+        return
+    cursor = await connection.execute(_BURIED.encode())
+    async for line, device_id, retired, serial_number, at in cursor:
+        what = "device_id" if device_id == retired else "serial_number"
+        mistakes.add(Mistake(what, buried_text(retired, serial_number, at), line))
+    mistakes.raise_if_any()
+
+
+def buried_text(device_id: str, serial_number: str, at: datetime) -> str:
+    """Why a serial number, or the id that had it, does not come back."""
+    return (
+        f"device {device_id} with the serial number {shown(serial_number)} was decommissioned at "
+        f"{at:%Y-%m-%d %H:%M}Z and does not come back by itself; 'device release' lifts that"
+    )
 
 
 async def _merge(connection: AsyncConnection, source: str) -> tuple[int, int]:

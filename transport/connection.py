@@ -86,6 +86,16 @@ class Connection:
 
         self._client.on_message = on_message
 
+    def collect_retained(self, take: Callable[[str, bytes], None]) -> None:
+        """Before `open`: give what the broker had kept, and nothing else, to `take`."""
+
+        def on_message(_client: Any, topic: Any, payload: bytes, _qos: int, properties: Any) -> int:
+            if properties.get("retain") and isinstance(topic, str):
+                take(topic, payload)
+            return 0
+
+        self._client.on_message = on_message
+
     async def _subscribe(self) -> None:
         """Subscribe one by one and wait for each SUBACK: what asks for an answer may be published only after it."""
         for topic_filter in self._filters:
@@ -130,6 +140,10 @@ class Connection:
         """Send at QoS 0. While the link is down the message is dropped: devices ask again."""
         if self._client.is_connected:
             self._client.publish(topic, payload, qos=0)
+
+    def publish_retained(self, topic: str, payload: bytes) -> None:
+        """Leave a message with the broker for whoever subscribes later; an empty one removes what was left."""
+        self._client.publish(topic, payload, qos=0, retain=True)
 
     def pause(self, paused: bool) -> None:
         """Stop or go on reading from the broker: backpressure for a full queue."""

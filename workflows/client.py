@@ -1,4 +1,4 @@
-"""How programs reach the workflows: connecting, registering search attributes, starting a rollout.
+"""How programs reach the workflows: connecting, registering search attributes, starting a rollout, schedules.
 
 ```python
 client = await connect("127.0.0.1:7233")
@@ -7,9 +7,25 @@ result = await handle.result()
 ```
 """
 
+import dataclasses
+from collections.abc import Callable
+from datetime import timedelta
+
 from temporalio.api.enums.v1 import IndexedValueType
 from temporalio.api.operatorservice.v1 import AddSearchAttributesRequest, ListSearchAttributesRequest
-from temporalio.client import Client, WorkflowHandle
+from temporalio.client import (
+    Client,
+    Schedule,
+    ScheduleActionStartWorkflow,
+    ScheduleAlreadyRunningError,
+    ScheduleIntervalSpec,
+    ScheduleOverlapPolicy,
+    SchedulePolicy,
+    ScheduleSpec,
+    ScheduleUpdate,
+    ScheduleUpdateInput,
+    WorkflowHandle,
+)
 from temporalio.common import (
     SearchAttributePair,
     TypedSearchAttributes,
@@ -20,12 +36,44 @@ from temporalio.contrib.pydantic import pydantic_data_converter
 from temporalio.runtime import Runtime
 
 from models.errors import UnavailableError
-from models.ids import rollout_workflow_id
+from models.identity import (
+    KeepCrlsInput,
+    ProvisionDeviceInput,
+    ProvisionDeviceResult,
+    ReissueCertificateInput,
+    ReissueCertificateResult,
+    RotateCertificateInput,
+)
+from models.ids import provision_workflow_id, reissue_workflow_id, rollout_workflow_id, rotate_workflow_id
 from models.quantities import format_duration, format_share
 from models.rollout import Phase, RolloutResult, StartRolloutInput
 from models.spec import RolloutSpec, WaveSpec
-from workflows.options import KIND, KIND_ROLLOUT, PHASE, RELEASE, SEARCH_ATTRIBUTES, TASK_QUEUE
+from workflows.options import (
+    CATCH_UP,
+    CRL_SCHEDULE,
+    CRL_UPKEEP_EVERY,
+    CRL_UPKEEP_ID,
+    DEVICE,
+    KIND,
+    KIND_PROVISIONING,
+    KIND_REISSUE,
+    KIND_ROLLOUT,
+    KIND_ROTATION,
+    KIND_UPKEEP,
+    PHASE,
+    RELEASE,
+    ROTATION_WORKFLOW,
+    SEARCH_ATTRIBUTES,
+    START_TIMEOUT,
+    TASK_QUEUE,
+)
+from workflows.provisioning import ProvisioningWorkflow
+from workflows.reissue import ReissueCertificateWorkflow
 from workflows.rollout import RolloutWorkflow
+from workflows.upkeep import CrlUpkeepWorkflow
+
+MEMO_ENROLMENT = "enrolment_no"
+"""In the memo of `provision:<serial>`: which enrolment this run is for."""
 
 
 async def connect(address: str, namespace: str = "default", *, runtime: Runtime | None = None) -> Client:
@@ -67,6 +115,62 @@ async def add_search_attributes(client: Client, missing: list[str]) -> None:
     )
 
 
+async def ensure_schedules(client: Client, crl_lifetime: timedelta) -> list[str]:
+    """Make Tidegate's schedules, or bring those that exist to what this version wants. Returns the names made.
+
+    What a person did to one, as pausing it, stays. Many workers may do this at once. Raises RPCError.
+    """
+    made = []
+    for name, schedule in _schedules(crl_lifetime).items():
+        try:
+            await client.create_schedule(name, schedule, trigger_immediately=True)
+            made.append(name)
+        except ScheduleAlreadyRunningError:
+            await client.get_schedule_handle(name).update(_bring_to(schedule))
+    return made
+
+
+def _schedules(crl_lifetime: timedelta) -> dict[str, Schedule]:
+    """Every schedule there is, by name."""
+    upkeep = ScheduleActionStartWorkflow(
+        CrlUpkeepWorkflow.run,
+        KeepCrlsInput(),
+        id=CRL_UPKEEP_ID,
+        task_queue=TASK_QUEUE,
+        typed_search_attributes=TypedSearchAttributes([SearchAttributePair(KIND, KIND_UPKEEP)]),
+        static_summary="sign the revocation lists that are due",
+    )
+    return {CRL_SCHEDULE: _every(min(CRL_UPKEEP_EVERY, crl_lifetime / 8), upkeep)}
+
+
+def _every(interval: timedelta, action: ScheduleActionStartWorkflow) -> Schedule:
+    return Schedule(
+        action=action,
+        spec=ScheduleSpec(intervals=[ScheduleIntervalSpec(every=interval)]),
+        policy=SchedulePolicy(overlap=ScheduleOverlapPolicy.SKIP, catchup_window=CATCH_UP),
+    )
+
+
+def _bring_to(wanted: Schedule) -> Callable[[ScheduleUpdateInput], ScheduleUpdate | None]:
+    """None where nothing differs: the server takes the last update it gets, and with it what it says of a pause."""
+
+    def update(found: ScheduleUpdateInput) -> ScheduleUpdate | None:
+        known = found.description.schedule
+        if _what(known) == _what(wanted):
+            return None
+        return ScheduleUpdate(dataclasses.replace(wanted, state=known.state))
+
+    return update
+
+
+def _what(schedule: Schedule) -> tuple[object, ...]:
+    """What a version may want otherwise. Inputs are left out: every scheduled workflow takes its defaults."""
+    action = schedule.action
+    assert isinstance(action, ScheduleActionStartWorkflow)
+    every = [interval.every for interval in schedule.spec.intervals]
+    return every, schedule.policy.overlap, schedule.policy.catchup_window, action.workflow, action.id, action.task_queue
+
+
 async def start_rollout(client: Client, request: StartRolloutInput) -> WorkflowHandle[RolloutWorkflow, RolloutResult]:
     """Start a rollout. Its name is the idempotency key.
 
@@ -84,6 +188,66 @@ async def start_rollout(client: Client, request: StartRolloutInput) -> WorkflowH
         search_attributes=search_attributes(spec),
         static_summary=summary(spec),
         static_details=details(spec, request.requested_by),
+    )
+
+
+async def start_provisioning(
+    client: Client, request: ProvisionDeviceInput
+) -> WorkflowHandle[ProvisioningWorkflow, ProvisionDeviceResult]:
+    """Start a serial number's provisioning, or join the one that runs. Raises RPCError where Temporal is away."""
+    return await client.start_workflow(
+        ProvisioningWorkflow.run,
+        request,
+        id=provision_workflow_id(request.serial_number),
+        task_queue=TASK_QUEUE,
+        id_reuse_policy=WorkflowIDReusePolicy.ALLOW_DUPLICATE,
+        id_conflict_policy=WorkflowIDConflictPolicy.USE_EXISTING,
+        search_attributes=TypedSearchAttributes(
+            [
+                SearchAttributePair(KIND, KIND_PROVISIONING),
+                SearchAttributePair(DEVICE, request.serial_number),
+                SearchAttributePair(PHASE, "checking"),
+            ]
+        ),
+        memo={MEMO_ENROLMENT: request.enrolment_no},
+        static_summary=f"enrolment {request.enrolment_no} of {request.serial_number}",
+        rpc_timeout=START_TIMEOUT,
+    )
+
+
+async def start_reissue(
+    client: Client, request: ReissueCertificateInput, spki_sha256: str
+) -> WorkflowHandle[ReissueCertificateWorkflow, ReissueCertificateResult]:
+    """Have a device's next certificate made, or join who does it already. Raises RPCError where Temporal is away."""
+    return await client.start_workflow(
+        ReissueCertificateWorkflow.run,
+        request,
+        id=reissue_workflow_id(request.device_id, spki_sha256),
+        task_queue=TASK_QUEUE,
+        id_reuse_policy=WorkflowIDReusePolicy.ALLOW_DUPLICATE,
+        id_conflict_policy=WorkflowIDConflictPolicy.USE_EXISTING,
+        search_attributes=TypedSearchAttributes(
+            [SearchAttributePair(KIND, KIND_REISSUE), SearchAttributePair(DEVICE, request.device_id)]
+        ),
+        static_summary=f"next certificate of {request.device_id}",
+        rpc_timeout=START_TIMEOUT,
+    )
+
+
+async def start_own_rotation(client: Client, device_id: str, overlap: timedelta) -> None:
+    """See a rotation to its end that a device has begun by itself, or join the one that runs. Raises RPCError."""
+    await client.start_workflow(
+        ROTATION_WORKFLOW,
+        RotateCertificateInput(device_id=device_id, actor=f"device:{device_id}", ask=False, overlap=overlap),
+        id=rotate_workflow_id(device_id),
+        task_queue=TASK_QUEUE,
+        id_reuse_policy=WorkflowIDReusePolicy.ALLOW_DUPLICATE,
+        id_conflict_policy=WorkflowIDConflictPolicy.USE_EXISTING,
+        search_attributes=TypedSearchAttributes(
+            [SearchAttributePair(KIND, KIND_ROTATION), SearchAttributePair(DEVICE, device_id)]
+        ),
+        static_summary=f"{device_id} came by itself",
+        rpc_timeout=START_TIMEOUT,
     )
 
 

@@ -1,0 +1,39 @@
+"""Fixtures of the enrolment tests: a Temporal that keeps its clock, certificate authorities, workers, the HTTPS server."""
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest_asyncio
+from temporalio.client import Client
+from temporalio.contrib.pydantic import pydantic_data_converter
+from temporalio.testing import WorkflowEnvironment
+
+from store.engine import Database
+from tests.integration.enrolment_setup import Door, Pki, serving, working
+from tests.workflow.conftest import BINARIES
+from workflows.client import register_search_attributes
+
+
+@pytest_asyncio.fixture(scope="session")
+async def temporal() -> AsyncIterator[Client]:
+    """A development server for the session."""
+    async with await WorkflowEnvironment.start_local(
+        data_converter=pydantic_data_converter,
+        dev_server_existing_path=str(BINARIES / "temporal"),
+        dev_server_log_level="error",
+    ) as environment:
+        await register_search_attributes(environment.client)
+        yield environment.client
+
+
+@pytest_asyncio.fixture
+async def pki(db: Database, tmp_path: Path) -> Pki:
+    """New authorities."""
+    return await Pki.make(db, tmp_path)
+
+
+@pytest_asyncio.fixture
+async def door(db: Database, temporal: Client, pki: Pki) -> AsyncIterator[Door]:
+    """The enrolment server, and workers behind it. What runs is ended with the test."""
+    async with working(db, temporal, pki), serving(db, temporal, pki) as door:
+        yield door
