@@ -124,7 +124,8 @@ class Refusal:
 
 
 class Ledger:
-    """Everything a batch may touch. Change executions through `admit`, `report`, `expire` and `withdraw` alone."""
+    """Everything a batch may touch. Change executions through `admit`, `report`, `expire`, `withdraw`
+    and `remove` alone."""
 
     def __init__(self, jobs: list[JobRow], executions: list[ExecutionRow]) -> None:
         self.jobs = {job.job_no: job for job in jobs}
@@ -226,6 +227,19 @@ class Ledger:
             return False
         execution.reason = reason
         self._move(execution, ExecutionState.CANCELED, now)
+        return True
+
+    def remove(self, execution: ExecutionRow, reason: str, now: float) -> bool:
+        """REMOVED: the device leaves the fleet, whatever it was doing. Returns whether there was anything to remove.
+
+        Says nothing about the release, and frees the device's place. The wave's driver is told to look: one device
+        fewer is waited for.
+        """
+        if ExecutionState.REMOVED not in SERVER_MOVES.get(execution.state, frozenset()):
+            return False
+        execution.reason = reason
+        self._move(execution, ExecutionState.REMOVED, now)
+        self.jobs[execution.job_no].waves[execution.wave].news = True
         return True
 
     def _note(self, execution: ExecutionRow, details: dict[str, str] | None) -> None:

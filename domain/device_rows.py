@@ -22,13 +22,13 @@ from pydantic import TypeAdapter, ValidationError
 
 from domain.mistakes import faults_of, nearest, path_of, shown
 from domain.strict_json import parse_object
-from models.device import DeviceRecord
+from models.device import KEPT_BY_TIDEGATE, DeviceRecord
 from models.errors import InvalidInputError, Mistake
 
 MAX_LINE_BYTES = 256 * 1024
 """No line of an import file is longer; a longer one is refused without being held."""
 
-_FIELDS = tuple(DeviceRecord.model_fields)
+_FIELDS = tuple(name for name in DeviceRecord.model_fields if name not in KEPT_BY_TIDEGATE)
 _REQUIRED = tuple(name for name, info in DeviceRecord.model_fields.items() if info.is_required())
 _JSON_COLUMNS = frozenset({"config", "desired_config"})
 _RECORD = TypeAdapter(DeviceRecord)

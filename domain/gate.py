@@ -85,7 +85,7 @@ def judge_running(
 
     Args:
         counts: the wave's counters.
-        completion: share of the wave that must have answered.
+        completion: share of the wave that must have answered; devices that have left the fleet are not waited for.
         outstanding: executions not yet terminal of those that are waited for (the wave's, or the whole rollout's).
         wait_for_all: the last wave waits until nothing is outstanding; an earlier one until it has answered.
 
@@ -95,12 +95,12 @@ def judge_running(
     """
     if breaker_of(gate).trips(counts.gate_failed, counts.exposed):
         return WaveVerdict(verdict=Verdict.HALT, reason=halt_reason(gate, counts.gate_failed, counts.exposed))
-    needed = completion_count(counts.total, completion)
+    needed = completion_count(counts.awaited, completion)
     settled = outstanding == 0 if wait_for_all else counts.outstanding == 0 or counts.answered >= needed
     if not settled:
         return WaveVerdict(
             verdict=Verdict.CONTINUE,
-            reason=f"{counts.answered} of {counts.total} answered, {counts.gate_failed} failed, {needed} needed",
+            reason=f"{counts.answered} of {counts.awaited} answered, {counts.gate_failed} failed, {needed} needed",
         )
     return judge_answered(counts, gate, completion)
 
@@ -111,7 +111,7 @@ def judge_answered(counts: WaveCounts, gate: GateSpec, completion: Fraction) -> 
     PROMOTE needs the breaker closed, the completion rule met and a failure share of at most `gate.limit`, compared in
     integers. A higher share is HALT, too few answers HOLD.
     """
-    failed, answered, total = counts.gate_failed, counts.answered, counts.total
+    failed, answered, total = counts.gate_failed, counts.answered, counts.awaited
     if breaker_of(gate).trips(failed, counts.exposed):
         return WaveVerdict(verdict=Verdict.HALT, reason=halt_reason(gate, failed, counts.exposed))
     if total == 0:

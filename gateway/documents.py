@@ -1,4 +1,4 @@
-"""What a device is told to do: the job document, with an order signed for it alone.
+"""What a device is told to do, signed for it alone: the job document with its order, and commands.
 
 All of the document but the order is the same for every device of a job that runs the same image, so it is rendered once
 per (job, base image) and spliced in as bytes.
@@ -15,8 +15,13 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from psycopg import AsyncConnection
 
 from domain.admission import ExecutionRow
+from firmware.command import COMMAND_PAYLOAD_TYPE, Command, encode_command
 from firmware.envelope import EnvelopeSigner
 from firmware.manifest import ORDER_PAYLOAD_TYPE, Order, encode_order
+from store.commands import PendingCommand
+
+COMMAND_LIFETIME_SECONDS = 900
+"""A command is signed when the device asks, to be carried out at once; the rest is room for a clock that is off."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +41,7 @@ class Documents:
     def __init__(self, artifact_url: str, order_key: Ed25519PrivateKey, order_lifetime_seconds: int) -> None:
         self._base_url = artifact_url.rstrip("/")
         self._signer = EnvelopeSigner(order_key, ORDER_PAYLOAD_TYPE)
+        self._command_signer = EnvelopeSigner(order_key, COMMAND_PAYLOAD_TYPE)
         self._lifetime = order_lifetime_seconds
         self._templates: dict[int, _Template] = {}
 
@@ -72,6 +78,18 @@ class Documents:
         envelope = orjson.dumps(self._signer.sign(encode_order(order)))
         deltas = delta[1] if delta else b"[]"
         return orjson.Fragment(b'%b,"deltas":%b,"order":%b}' % (template.common, deltas, envelope))
+
+    def sign_command(self, pending: PendingCommand, now: int) -> dict[str, Any]:
+        """The DSSE envelope of a command, signed now; valid as long as the command is wanted, and for minutes at most."""
+        command = Command(
+            device_id=pending.device_id,
+            request_id=pending.request_id,
+            operation=pending.operation,
+            issued_at=now,
+            expires_at=max(now + 1, min(int(pending.expires_at), now + COMMAND_LIFETIME_SECONDS)),
+            nonce=secrets.token_hex(16),
+        )
+        return self._command_signer.sign(encode_command(command))
 
     def _template(self, document: dict[str, Any]) -> _Template:
         common = {

@@ -40,9 +40,7 @@ def answer(request: Request, ledger: Ledger, documents: Documents, now: float) -
 
 
 def reject(topic: RequestTopic, bad: BadRequest, now: float) -> list[Outgoing]:
-    """The answer to what is no request; heartbeats have none."""
-    if topic.verb is Verb.HEARTBEAT:
-        return []
+    """The answer to what is no request about jobs."""
     return [_rejection(topic, bad.token, Refusal(bad.code, bad.message), now)]
 
 

@@ -1,7 +1,8 @@
 """From a message's bytes to a request, or to the reason why it is none. Pure.
 
 The client token is found before anything else is judged, so that a rejection can carry it. What cannot be stored
-(`\\u0000`, invalid UTF-8, NaN) is refused here, before it can reach PostgreSQL.
+(`\\u0000`, invalid UTF-8, NaN) is refused here, before it can reach PostgreSQL. Configurations and commands
+are read strictly: no key twice, bounded depth; jobs and heartbeats, which are many, with the faster reader.
 """
 
 import re
@@ -11,11 +12,15 @@ from typing import Any
 import orjson
 
 from domain.admission import Report
+from domain.configurations import MAX_CONFIG_BYTES, MAX_CONFIG_DEPTH, MAX_VERSION, ConfigReport, depth_of
+from domain.strict_json import parse_object
+from firmware.command import REQUEST_ID
 from models.protocol import (
     MAX_CLIENT_TOKEN_BYTES,
     MAX_REQUEST_BYTES,
     MAX_STATUS_DETAILS,
     MAX_STATUS_VALUE_CHARS,
+    CommandStatus,
     ErrorCode,
     ExecutionState,
     RequestTopic,
@@ -33,12 +38,16 @@ _DEVICE_STATES = {
     )
 }
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+_BOOT_ID = re.compile(r"[!-~]{1,64}")
+_STRICT = frozenset({Verb.CONFIG_GET, Verb.CONFIG_UPDATE, Verb.COMMAND_GET, Verb.COMMAND_RESPONSE})
+MAX_REASON_CHARS = 500
 
 
 @dataclass(frozen=True, slots=True)
 class Heartbeat:
     """What a heartbeat says, in the units of the presence table; `device_time` in epoch seconds."""
 
+    device_id: str
     device_time: float | None
     uptime: int | None
     free_memory: int | None
@@ -47,7 +56,17 @@ class Heartbeat:
     firmware_sha256: str | None
     signal_strength: float | None
     error_count: int | None
+    boot_id: str | None
     extra: dict[str, float] | None
+
+
+@dataclass(frozen=True, slots=True)
+class CommandResponse:
+    """What a device answers to a command."""
+
+    request_id: str
+    status: CommandStatus
+    reason: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +80,10 @@ class Request:
     want_state: bool = False
     want_document: bool = False
     heartbeat: Heartbeat | None = None
+    config: ConfigReport | None = None
+    document_version: int | None = None
+    """CONFIG_UPDATE: the version of the shadow document that the device believes to be the current one."""
+    response: CommandResponse | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,12 +93,23 @@ class BadRequest:
     code: ErrorCode
     message: str
     token: str | None = None
+    shadow_code: int = 400
+    """The code of the rejection where the request is one to the configuration's shadow."""
+
+
+class _ShadowError(ValueError):
+    """A reason with a code of its own."""
+
+    def __init__(self, code: int, message: str) -> None:
+        super().__init__(message)
+        self.code = code
 
 
 def parse_request(topic: RequestTopic, payload: bytes) -> Request | BadRequest:
     """Judge a payload."""
     if len(payload) > MAX_REQUEST_BYTES:
-        return BadRequest(ErrorCode.INVALID_REQUEST, f"{len(payload)} bytes, at most {MAX_REQUEST_BYTES} are accepted")
+        message = f"{len(payload)} bytes, at most {MAX_REQUEST_BYTES} are accepted"
+        return BadRequest(ErrorCode.INVALID_REQUEST, message, shadow_code=413)
     try:
         body = orjson.loads(payload) if payload else {}
     except orjson.JSONDecodeError as error:
@@ -94,9 +128,63 @@ def parse_request(topic: RequestTopic, payload: bytes) -> Request | BadRequest:
             return Request(topic, heartbeat=_heartbeat(topic.thing, body))
         if topic.verb is Verb.UPDATE:
             return _update(topic, token, body)
+        if topic.verb in _STRICT:
+            return _strict(topic, token, payload)
         return Request(topic, token, details=_details(body))
+    except _ShadowError as error:
+        return BadRequest(ErrorCode.INVALID_REQUEST, str(error)[:300], token, error.code)
     except ValueError as error:
         return BadRequest(ErrorCode.INVALID_REQUEST, str(error)[:300], token)
+
+
+def _strict(topic: RequestTopic, token: str | None, payload: bytes) -> Request | BadRequest:
+    try:
+        body = parse_object(payload.decode()) if payload else {}
+    except ValueError as error:
+        return BadRequest(ErrorCode.INVALID_JSON, str(error)[:300], token)
+    match topic.verb:
+        case Verb.CONFIG_UPDATE:
+            return Request(topic, token, config=_config(body), document_version=_integer(body, "version"))
+        case Verb.COMMAND_RESPONSE:
+            return Request(topic, token, response=_response(body))
+        case _:
+            return Request(topic, token)
+
+
+def _config(body: dict[str, Any]) -> ConfigReport:
+    state = body.get("state")
+    if not isinstance(state, dict):
+        raise ValueError('state: expected {"reported": {"version": ..., "config": ...}}')
+    if "desired" in state:
+        raise _ShadowError(403, "state.desired: what is wanted is the server's; a device updates state.reported alone")
+    reported = state.get("reported")
+    if not isinstance(reported, dict) or len(state) != 1:
+        raise ValueError("state: expected an object reported, and nothing else")
+    if unknown := reported.keys() - {"version", "config"}:
+        raise ValueError(f"state.reported: expected version and config, got {min(unknown)!r:.60} as well")
+    version, config = reported.get("version"), reported.get("config")
+    if isinstance(version, bool) or not isinstance(version, int) or not 0 <= version <= MAX_VERSION:
+        raise ValueError(f"state.reported.version: expected an integer from 0 to {MAX_VERSION}, got {version!r:.40}")
+    if "config" not in reported:
+        return ConfigReport(version)
+    if not isinstance(config, dict):
+        raise ValueError(f"state.reported.config: expected an object, got {type(config).__name__}")
+    if depth_of(config) > MAX_CONFIG_DEPTH:
+        raise ValueError(f"state.reported.config: nested deeper than {MAX_CONFIG_DEPTH} levels")
+    if (size := len(orjson.dumps(config))) > MAX_CONFIG_BYTES:
+        raise _ShadowError(413, f"state.reported.config: {size} bytes, at most {MAX_CONFIG_BYTES} are accepted")
+    return ConfigReport(version, config)
+
+
+def _response(body: dict[str, Any]) -> CommandResponse:
+    request_id, status, reason = body.get("requestId"), body.get("status"), body.get("reason") or ""
+    if not isinstance(request_id, str) or not REQUEST_ID.fullmatch(request_id):
+        raise ValueError(f"requestId: expected 32 hexadecimal digits, got {request_id!r:.80}")
+    if not isinstance(status, str) or status not in frozenset(CommandStatus):
+        raise ValueError(f"status: expected one of {', '.join(CommandStatus)}, got {status!r:.60}")
+    if not isinstance(reason, str) or len(reason) > MAX_REASON_CHARS:
+        raise ValueError(f"reason: expected text of at most {MAX_REASON_CHARS} characters")
+    return CommandResponse(request_id, CommandStatus(status), reason)
 
 
 def _update(topic: RequestTopic, token: str | None, body: dict[str, Any]) -> Request:
@@ -151,6 +239,7 @@ _KNOWN = {
     "firmwareSha256",
     "networkSignalStrength",
     "errorCount",
+    "bootId",
     "clientToken",
 }
 
@@ -165,7 +254,11 @@ def _heartbeat(thing: str, body: dict[str, Any]) -> Heartbeat:
         raise ValueError(f"firmwareVersion: expected text of at most 50 characters, got {version!r:.60}")
     if sha256 is not None and (not isinstance(sha256, str) or not _SHA256.fullmatch(sha256)):
         raise ValueError(f"firmwareSha256: expected 64 hexadecimal digits, got {sha256!r:.80}")
+    boot_id = body.get("bootId")
+    if boot_id is not None and (not isinstance(boot_id, str) or not _BOOT_ID.fullmatch(boot_id)):
+        raise ValueError(f"bootId: expected 1 to 64 printable characters without a blank, got {boot_id!r:.80}")
     return Heartbeat(
+        device_id=thing,
         device_time=None if timestamp is None or not 0 <= timestamp < 4e12 else timestamp / 1000,
         uptime=_whole(body, "uptime"),
         free_memory=_whole(body, "freeMemory"),
@@ -174,6 +267,7 @@ def _heartbeat(thing: str, body: dict[str, Any]) -> Heartbeat:
         firmware_sha256=sha256,
         signal_strength=_number(body, "networkSignalStrength"),
         error_count=_whole(body, "errorCount"),
+        boot_id=boot_id,
         extra=dict(list(extra.items())[:20]) or None,
     )
 

@@ -5,12 +5,16 @@
   nothing is acknowledged, and the batch is tried again until it is back.
 - A message that cannot be used is answered (where the protocol has an answer), counted and quarantined. If a whole batch
   fails for a reason of its content, its messages are tried one by one, and the one that fails is quarantined.
+- What a barred device says is acknowledged and forgotten. Every transaction holds `share_access` first, so a revocation
+  commits either after it or before it has looked (store/access.py).
+- What a broker had kept (a retained message) is no request: it is acknowledged and forgotten, too.
 """
 
 import asyncio
 import collections
+import itertools
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import psycopg
@@ -18,14 +22,27 @@ import structlog
 from prometheus_client import Counter, Gauge, Histogram
 from psycopg_pool import PoolTimeout
 
+from gateway.commands import answer_about_commands
+from gateway.configuration import answer_config, reject_config
 from gateway.documents import Documents
 from gateway.jobs import Outgoing, answer, reject
 from gateway.requests import BadRequest, Heartbeat, Request, parse_request
-from models.protocol import ErrorCode, RequestTopic, parse_request_topic
+from models.identity import DeviceHappening
+from models.protocol import ErrorCode, RequestTopic, Verb, parse_request_topic
 from models.settings import Settings
-from store.devicetraffic import save_heartbeats, save_quarantined
+from store.access import share_access
+from store.configurations import load_configurations, save_configurations
+from store.devicetraffic import (
+    Standing,
+    ask_standing,
+    bar_clone,
+    read_standing,
+    save_heartbeats,
+    save_quarantined,
+)
 from store.engine import Database
-from store.executions import Batch, ExecutionStore
+from store.executions import Batch, load_in_pipeline, save_in_pipeline
+from store.waits import happened
 from transport.connection import Connection
 
 log = structlog.get_logger("gateway")
@@ -33,6 +50,9 @@ log = structlog.get_logger("gateway")
 MESSAGES = Counter("tidegate_gateway_messages_total", "Messages from devices, by verb.", ["verb"])
 QUARANTINED = Counter("tidegate_gateway_quarantined_total", "Messages that could not be used, by code.", ["code"])
 PUBLISHED = Counter("tidegate_gateway_published_total", "Messages to devices.")
+BARRED = Counter("tidegate_gateway_barred_total", "Messages of barred devices, which change nothing.")
+RETAINED = Counter("tidegate_gateway_retained_total", "Messages that the broker had kept, which change nothing.")
+CLONES = Counter("tidegate_gateway_clones_total", "Devices barred because their identity is used twice.")
 RETRIES = Counter("tidegate_gateway_batch_retries_total", "Batches tried again because PostgreSQL was away.")
 WAITING = Gauge("tidegate_gateway_waiting_messages", "Messages that wait for their batch.")
 BATCH_SIZE = Histogram("tidegate_gateway_batch_messages", "Messages in a batch.", buckets=(1, 5, 20, 100, 500, 2000))
@@ -42,6 +62,11 @@ BATCH_SECONDS = Histogram(
     buckets=(0.005, 0.02, 0.1, 0.5, 2),
 )
 RETRY_SECONDS = 0.5
+MAX_ROUNDS = 4
+"""Most heartbeats of one device that one batch looks at, each of another boot than the one before."""
+_CONFIG_VERBS = frozenset({Verb.CONFIG_GET, Verb.CONFIG_UPDATE})
+_COMMAND_VERBS = frozenset({Verb.COMMAND_GET, Verb.COMMAND_RESPONSE})
+_NOT_OF_JOBS = _CONFIG_VERBS | _COMMAND_VERBS | {Verb.HEARTBEAT}
 _AWAY = (psycopg.OperationalError, PoolTimeout, psycopg.errors.DeadlockDetected)
 
 
@@ -55,6 +80,65 @@ class Inbound:
     done: asyncio.Future[None]
 
 
+@dataclass(slots=True)
+class Read:
+    """A batch's messages, read and sorted; `things` are the devices that have said something."""
+
+    things: set[str] = field(default_factory=set)
+    jobs: list[Request] = field(default_factory=list)
+    configs: list[Request] = field(default_factory=list)
+    commands: list[Request] = field(default_factory=list)
+    beats: list[dict[str, Heartbeat]] = field(default_factory=list)
+    """The newest heartbeat of each device; where two in a batch are of different boots, in rounds, one after the other."""
+    bad: list[tuple[Inbound, BadRequest]] = field(default_factory=list)
+
+    def add(self, request: Request) -> None:
+        """Sort a request in."""
+        verb, thing = request.topic.verb, request.topic.thing
+        self.things.add(thing)
+        if request.heartbeat is not None:
+            self._add_beat(thing, request.heartbeat)
+        elif verb in _CONFIG_VERBS:
+            self.configs.append(request)
+        elif verb in _COMMAND_VERBS:
+            self.commands.append(request)
+        else:
+            self.jobs.append(request)
+
+    def _add_beat(self, thing: str, beat: Heartbeat) -> None:
+        for beats in reversed(self.beats):
+            if (before := beats.get(thing)) is not None:
+                if before.boot_id == beat.boot_id or beat.boot_id is None or (beats is self.beats[-1] and self._full):
+                    beats[thing] = beat
+                else:
+                    self._round_after(beats)[thing] = beat
+                return
+        if not self.beats:
+            self.beats.append({})
+        self.beats[0][thing] = beat
+
+    @property
+    def _full(self) -> bool:
+        return len(self.beats) >= MAX_ROUNDS
+
+    def _round_after(self, beats: dict[str, Heartbeat]) -> dict[str, Heartbeat]:
+        if beats is self.beats[-1]:
+            self.beats.append({})
+            return self.beats[-1]
+        return next(later for earlier, later in itertools.pairwise(self.beats) if earlier is beats)
+
+    def without(self, barred: frozenset[str]) -> "Read":
+        """What is left when these devices have said nothing."""
+        return Read(
+            self.things - barred,
+            [request for request in self.jobs if request.topic.thing not in barred],
+            [request for request in self.configs if request.topic.thing not in barred],
+            [request for request in self.commands if request.topic.thing not in barred],
+            [{thing: beat for thing, beat in beats.items() if thing not in barred} for beats in self.beats],
+            [(inbound, bad) for inbound, bad in self.bad if not inbound.topic or inbound.topic.thing not in barred],
+        )
+
+
 @dataclass
 class Gateway:
     """Connects devices' messages to the store. One active instance; see gateway/__main__.py for the standby."""
@@ -66,12 +150,14 @@ class Gateway:
     waiting: list[Inbound] = field(default_factory=list)
     _arrived: asyncio.Event = field(default_factory=asyncio.Event)
     _paused: bool = False
+    _clones: set[str] = field(default_factory=set)
+    """Devices found to be two, to be barred once the batch that found it has been committed."""
 
-    def __post_init__(self) -> None:
-        self._store = ExecutionStore(self.db)
-
-    async def receive(self, topic: str | bytes, payload: bytes) -> None:
+    async def receive(self, topic: str | bytes, payload: bytes, retained: bool = False) -> None:
         """The handler of every message: returns, and so acknowledges it, when it has been used."""
+        if retained:
+            RETAINED.inc()
+            return
         text = topic if isinstance(topic, str) else topic.decode("utf-8", "replace")
         inbound = Inbound(parse_request_topic(text), text, payload, asyncio.get_running_loop().create_future())
         self.waiting.append(inbound)
@@ -132,67 +218,95 @@ class Gateway:
         for inbound in batch:
             if not inbound.done.done():
                 inbound.done.set_result(None)
+        await self._bar_clones()
+
+    async def _bar_clones(self) -> None:
+        """Bar what a batch found to be two. What fails here is found again with the next heartbeats."""
+        while self._clones:
+            thing = self._clones.pop()
+            try:
+                async with self.db.pool.connection() as connection:
+                    reason = await bar_clone(connection, thing)
+            except _AWAY as error:
+                log.warning("cannot bar a cloned device yet", device=thing, error=str(error).strip()[:200])
+                continue
+            if reason is not None:
+                CLONES.inc()
+                log.warning("device barred", device=thing, reason=reason)
 
     async def _give_up_on(self, inbound: Inbound, error: Exception) -> list[Outgoing]:
         parsed = parse_request(inbound.topic, inbound.payload) if inbound.topic else None
         token = parsed.token if parsed else None
-        bad = BadRequest(ErrorCode.INTERNAL_ERROR, "the request could not be handled; it has been kept", token)
-        QUARANTINED.labels(bad.code.value).inc()
+        message = "the request could not be handled; it has been kept"
+        bad = BadRequest(ErrorCode.INTERNAL_ERROR, message, token, shadow_code=500)
         thing = inbound.topic.thing if inbound.topic else None
         async with self.db.pool.connection() as connection:
+            await share_access(connection)
+            standing = await read_standing(await ask_standing(connection, [thing] if thing else []))
+            if thing in standing.barred:
+                BARRED.inc()
+                return []
+            QUARANTINED.labels(bad.code.value).inc()
             kept = [(inbound.raw_topic, thing, inbound.payload, bad.code.value, repr(error)[:300].replace("\x00", ""))]
             await save_quarantined(connection, kept)
-        return reject(inbound.topic, bad, time.time()) if inbound.topic else []
+        return _reject(inbound.topic, bad, time.time()) if inbound.topic else []
 
     async def _transact(self, inbounds: Sequence[Inbound]) -> list[Outgoing]:
         """One transaction over a batch. Returns what to publish once it has committed."""
-        verbs: collections.Counter[str] = collections.Counter()
-        requests: list[Request] = []
-        bad: list[tuple[Inbound, BadRequest]] = []
-        for inbound in inbounds:
-            parsed = (
-                BadRequest(ErrorCode.INVALID_TOPIC, "no request has this topic")
-                if inbound.topic is None
-                else parse_request(inbound.topic, inbound.payload)
-            )
-            verbs[inbound.topic.verb.value if inbound.topic else "unknown"] += 1
-            if isinstance(parsed, Request):
-                requests.append(parsed)
-            else:
-                bad.append((inbound, parsed))
-        for verb, count in verbs.items():
-            MESSAGES.labels(verb).inc(count)
-        asked = [request for request in requests if request.heartbeat is None]
-        beats = {request.topic.thing: request.heartbeat for request in requests if request.heartbeat is not None}
+        read = _read(inbounds)
+        asked_of = read.things | {inbound.topic.thing for inbound, _ in read.bad if inbound.topic}
         outgoing: list[Outgoing] = []
-        if asked:
-            things = list({request.topic.thing for request in asked})
-            pairs = list({(r.topic.job_id, r.topic.thing) for r in asked if r.topic.job_id})
-            async with self._store.batch(things, pairs) as batch:
-                await self.documents.ensure(batch.connection, list(batch.ledger.jobs))
-                for request in asked:
+        async with self.db.pool.connection() as connection, connection.pipeline():
+            await share_access(connection)
+            asked = await ask_standing(connection, list(asked_of))
+            batch = await self._load(connection, read.jobs) if read.jobs else None
+            standing = await read_standing(asked)
+            if standing.barred:
+                BARRED.inc(
+                    sum(inbound.topic is not None and inbound.topic.thing in standing.barred for inbound in inbounds)
+                )
+                read = read.without(standing.barred)
+            if batch is not None:
+                await self.documents.ensure(connection, list(batch.ledger.jobs))
+                for request in read.jobs:
                     outgoing += answer(request, batch.ledger, self.documents, batch.now)
-                await self._save_rest(batch.connection, beats, bad)
-                self._log_trips(batch)
-        elif beats or bad:
-            async with self.db.pool.connection() as connection:
-                await self._save_rest(connection, beats, bad)
+                await save_in_pipeline(batch)
+            if read.configs:
+                outgoing += await self._configure(connection, read.configs, standing.now)
+            if read.commands:
+                outgoing += await answer_about_commands(connection, read.commands, self.documents, standing.now)
+            await self._save_rest(connection, read, standing)
+            await connection.commit()  # in the pipeline, with the last statements: it fails where one of them has
+        if batch is not None:
+            self._log_trips(batch)
         now = time.time()
-        for inbound, reason in bad:
+        for inbound, reason in read.bad:
             QUARANTINED.labels(reason.code.value).inc()
             if inbound.topic is not None:
-                outgoing += reject(inbound.topic, reason, now)
+                outgoing += _reject(inbound.topic, reason, now)
         return outgoing
 
-    async def _save_rest(
-        self,
-        connection: psycopg.AsyncConnection,
-        beats: Mapping[str, Heartbeat],
-        bad: Sequence[tuple[Inbound, BadRequest]],
-    ) -> None:
-        if beats:
-            await save_heartbeats(connection, beats)
-        if bad:
+    async def _load(self, connection: psycopg.AsyncConnection, requests: Sequence[Request]) -> Batch:
+        things = list({request.topic.thing for request in requests})
+        pairs = list({(r.topic.job_id, r.topic.thing) for r in requests if r.topic.job_id})
+        return await load_in_pipeline(connection, things, pairs, ())
+
+    async def _configure(
+        self, connection: psycopg.AsyncConnection, requests: Sequence[Request], now: float
+    ) -> list[Outgoing]:
+        reports = [(request.topic.thing, request.config.version) for request in requests if request.config is not None]
+        configs = await load_configurations(connection, {request.topic.thing for request in requests}, reports)
+        outgoing: list[Outgoing] = []
+        for request in requests:
+            outgoing += answer_config(request, configs.get(request.topic.thing), now)
+        await save_configurations(connection, configs.values())
+        return outgoing
+
+    async def _save_rest(self, connection: psycopg.AsyncConnection, read: Read, standing: Standing) -> None:
+        if standing.awaited:
+            beating = {thing for beats in read.beats for thing in beats}
+            await happened(connection, _awaited(standing, read.things, beating))
+        if read.bad:
             await save_quarantined(
                 connection,
                 [
@@ -203,9 +317,12 @@ class Gateway:
                         reason.code.value,
                         reason.message.replace("\x00", "\\0"),
                     )
-                    for inbound, reason in bad
+                    for inbound, reason in read.bad
                 ],
             )
+        for beats in read.beats:
+            if beats:
+                self._clones.update(await save_heartbeats(connection, list(beats.values())))
 
     @staticmethod
     def _log_trips(batch: Batch) -> None:
@@ -219,6 +336,42 @@ class Gateway:
                         failed=wave.tripped_failed,
                         exposed=wave.tripped_exposed,
                     )
+
+
+def _read(inbounds: Sequence[Inbound]) -> Read:
+    """The messages of a batch, judged by themselves."""
+    verbs: collections.Counter[str] = collections.Counter()
+    read = Read()
+    for inbound in inbounds:
+        parsed = (
+            BadRequest(ErrorCode.INVALID_TOPIC, "no request has this topic")
+            if inbound.topic is None
+            else parse_request(inbound.topic, inbound.payload)
+        )
+        verbs[inbound.topic.verb.value if inbound.topic else "unknown"] += 1
+        if isinstance(parsed, Request):
+            read.add(parsed)
+        else:
+            read.bad.append((inbound, parsed))
+    for verb, number in verbs.items():
+        MESSAGES.labels(verb).inc(number)
+    return read
+
+
+def _reject(topic: RequestTopic, bad: BadRequest, now: float) -> list[Outgoing]:
+    """The answer to what is no request. Heartbeats and what is said about commands have none."""
+    if topic.verb in _CONFIG_VERBS:
+        return reject_config(topic, bad, now)
+    return [] if topic.verb in _NOT_OF_JOBS else reject(topic, bad, now)
+
+
+def _awaited(
+    standing: Standing, things: set[str], beating: set[str]
+) -> Iterable[tuple[str, DeviceHappening, dict[str, str]]]:
+    """What workflows wait for, of what has just happened."""
+    for thing, happening in standing.awaited:
+        if thing in (beating if happening is DeviceHappening.HEARTBEAT else things):
+            yield thing, happening, {}
 
 
 async def _first(*events: asyncio.Event) -> None:

@@ -90,6 +90,10 @@ def decommission_workflow_id(device_id: str) -> str:
     return f"decommission:{device_id}"
 
 
+FLEET_ROTATION = "rotation"
+"""Workflow id of a sweep that a person started; those of the schedule have the time behind the schedule's name."""
+
+
 def subject_of_workflow(workflow_id: str) -> tuple[str, str]:
     """Inverse of the four above: (`provision`, serial) or (`configure` | `rotate` | `decommission`, device).
 

@@ -93,6 +93,11 @@ class WaveCounts(_Frozen):
         return self.succeeded + self.failed + self.timed_out + self.rejected + self.removed + self.canceled
 
     @property
+    def awaited(self) -> int:
+        """Executions that an answer can be expected of: all but those of devices that have left the fleet."""
+        return self.total - self.removed
+
+    @property
     def exposed(self) -> int:
         """Executions that have answered or still may: the n of the breaker."""
         return self.answered + self.in_progress

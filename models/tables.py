@@ -100,10 +100,16 @@ class Presence(SQLModel, table=True):
     signal_strength: float | None = Field(default=None, sa_column=Column(DOUBLE_PRECISION))
     error_count: int | None = Field(default=None, sa_column=Column(BigInteger))
     boot_id: str | None = Field(default=None, sa_column=Column(Text))
-    former_boot_id: str | None = Field(default=None, sa_column=Column(Text))
-    boot_changed_at: datetime | None = Field(default=None, sa_column=_time())
+    former_boots: list[str] = Field(
+        default_factory=list, sa_column=Column(ARRAY(Text), nullable=False, server_default="{}")
+    )
+    """Boot ids before this one, the newest first, and in `former_times` the last device time that each has named."""
+    former_times: list[datetime] = Field(
+        default_factory=list, sa_column=Column(ARRAY(DateTime(timezone=True)), nullable=False, server_default="{}")
+    )
     boot_returns: int = Field(default=0, sa_column=Column(Integer, nullable=False, server_default="0"))
     """How often a former boot id has come back: a device that boots never repeats one, two devices with one key do."""
+    boot_returned_at: datetime | None = Field(default=None, sa_column=_time())
     extra: dict[str, float] | None = Field(default=None, sa_column=Column(JSONB))
 
 

@@ -145,6 +145,14 @@ async def load(
     connection: AsyncConnection, things: Sequence[str], pairs: Sequence[tuple[str, str]], job_nos: Sequence[int]
 ) -> Batch:
     """Lock the jobs and read what the batch needs: each statement sees what committed before the lock was granted."""
+    async with connection.pipeline():
+        return await load_in_pipeline(connection, things, pairs, job_nos)
+
+
+async def load_in_pipeline(
+    connection: AsyncConnection, things: Sequence[str], pairs: Sequence[tuple[str, str]], job_nos: Sequence[int]
+) -> Batch:
+    """`load` in a pipeline that is open already: one within another costs a round trip."""
     # As JSON, not as arrays: psycopg writes an array element by element in Python, orjson all at once.
     arguments = {
         "things": _json(list(things)),
@@ -152,11 +160,10 @@ async def load(
         "job_nos": list(job_nos),
         "pairs": _json([{"job_id": job_id, "device_id": thing} for job_id, thing in pairs]),
     }
-    async with connection.pipeline():
-        cursors = [connection.cursor() for _ in range(5)]
-        for cursor, sql in zip(cursors, (_LOCK_JOBS, _WAVES, _OPEN_EXECUTIONS, _NAMED_EXECUTIONS, _NOW), strict=True):
-            await cursor.execute(sql, arguments)
-        jobs, waves, opened, named, times = [await cursor.fetchall() for cursor in cursors]
+    cursors = [connection.cursor() for _ in range(5)]
+    for cursor, sql in zip(cursors, (_LOCK_JOBS, _WAVES, _OPEN_EXECUTIONS, _NAMED_EXECUTIONS, _NOW), strict=True):
+        await cursor.execute(sql, arguments)
+    jobs, waves, opened, named, times = [await cursor.fetchall() for cursor in cursors]
     by_no = {row[0]: _job(row) for row in jobs}
     for row in waves:
         if row[0] in by_no:
@@ -194,26 +201,31 @@ async def _load_more(connection: AsyncConnection, job_no: int, sql: str, argumen
 
 async def save(batch: Batch) -> None:
     """Write back what changed, in the transaction of the batch."""
+    ledger = batch.ledger
+    if any(e.changed for e in ledger.by_key.values()) or any(job.changed for job in ledger.jobs.values()):
+        async with batch.connection.pipeline():
+            await save_in_pipeline(batch)
+
+
+async def save_in_pipeline(batch: Batch) -> None:
+    """`save` in a pipeline that is open already."""
     changed = [e for e in batch.ledger.by_key.values() if e.changed]
     jobs = [job for job in batch.ledger.jobs.values() if job.changed]
-    if not changed and not jobs:
-        return
-    async with batch.connection.pipeline():
-        if changed:
-            await batch.connection.execute(_SAVE_EXECUTIONS, (_json([_saved(e) for e in changed]),))
-        for job in jobs:
-            seconds = sorted(job.admitted)
-            counts = [job.admitted[second] for second in seconds]
-            await batch.connection.execute(
-                _SAVE_JOB, (job.in_flight, job.exposed, job.by_delta, seconds, counts, job.job_no)
-            )
-            for wave in job.waves.values():
-                if wave.changed:
-                    await batch.connection.execute(_SAVE_WAVE, _wave_values(wave))
-            if any(wave.news for wave in job.waves.values()):
-                await batch.connection.execute("SELECT pg_notify(%s, %s)", (CHANNEL, str(job.job_no)))
-        if installed := _installed(changed, batch.ledger):
-            await batch.connection.execute(_SAVE_INSTALLED, (_json(installed),))
+    if changed:
+        await batch.connection.execute(_SAVE_EXECUTIONS, (_json([_saved(e) for e in changed]),))
+    for job in jobs:
+        seconds = sorted(job.admitted)
+        counts = [job.admitted[second] for second in seconds]
+        await batch.connection.execute(
+            _SAVE_JOB, (job.in_flight, job.exposed, job.by_delta, seconds, counts, job.job_no)
+        )
+        for wave in job.waves.values():
+            if wave.changed:
+                await batch.connection.execute(_SAVE_WAVE, _wave_values(wave))
+        if any(wave.news for wave in job.waves.values()):
+            await batch.connection.execute("SELECT pg_notify(%s, %s)", (CHANNEL, str(job.job_no)))
+    if installed := _installed(changed, batch.ledger):
+        await batch.connection.execute(_SAVE_INSTALLED, (_json(installed),))
 
 
 def _installed(changed: list[ExecutionRow], ledger: Ledger) -> list[dict[str, str | None]]:

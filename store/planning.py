@@ -23,6 +23,11 @@ KIND = "rollout"
 _PLAN_LOCK = 7311463
 
 
+async def hold_planning(connection: AsyncConnection) -> None:
+    """Until this transaction ends, no rollout is planned but by itself: what it says of devices holds for the plan."""
+    await connection.execute("SELECT pg_advisory_xact_lock(%s)", (_PLAN_LOCK,))
+
+
 async def plan_rollout(connection: AsyncConnection, request: PlanRolloutInput) -> PlanRolloutResult:
     """Choose the devices, put them in order, cut the waves.
 
@@ -34,7 +39,7 @@ async def plan_rollout(connection: AsyncConnection, request: PlanRolloutInput) -
         ConflictError: another specification under this name, or devices that another rollout holds.
     """
     spec = request.spec
-    await connection.execute("SELECT pg_advisory_xact_lock(%s)", (_PLAN_LOCK,))
+    await hold_planning(connection)
     existing = await _existing_plan(connection, spec)
     if existing is not None:
         return existing
@@ -77,13 +82,17 @@ async def _release_of(connection: AsyncConnection, spec: RolloutSpec) -> dict[st
 
 
 def _targets_sql(spec: RolloutSpec, sha256: str) -> tuple[Any, dict[str, Any]]:
-    """Devices of the target that do not run the release yet, in their order, as a temporary table."""
+    """Devices of the target that do not run the release yet, in their order, as a temporary table.
+
+    Whatever the target says: a device that is retired, or whose word counts for nothing, is not chosen.
+    """
     condition, parameters = where(spec.target)
     sql = (
         "CREATE TEMPORARY TABLE targets ON COMMIT DROP AS "
         "SELECT d.device_id, d.device_type, d.firmware_version, d.firmware_sha256, "
         "row_number() OVER (ORDER BY md5(%(rollout)s || '/' || d.device_id), d.device_id) AS rank "
-        f"FROM devices d WHERE {condition} AND d.firmware_sha256 IS DISTINCT FROM %(target_sha256)s"
+        f"FROM devices d WHERE {condition} AND d.status <> 'retired' AND d.barred_at IS NULL "
+        "AND d.firmware_sha256 IS DISTINCT FROM %(target_sha256)s"
     )
     return sql, {**parameters, "rollout": spec.name, "target_sha256": sha256}
 

@@ -23,8 +23,9 @@ from psycopg.types.json import Jsonb
 from domain.device_rows import DeviceRow, Format, read_rows
 from domain.mistakes import shown
 from models.device import DeviceChanges, DeviceFilter, DeviceRecord, DeviceStatus
-from models.errors import ConflictError, ImportRowError, InvalidInputError, Mistake, NotFoundError
+from models.errors import ConflictError, ImportRowError, InvalidInputError, Mistake, NotFoundError, RefusedError
 from models.views import DevicePage, ImportResult
+from store.configurations import CONFIG_STATE
 from store.engine import Database
 from store.filters import where
 
@@ -44,10 +45,11 @@ _COLUMNS = (
 _BIT = {name: 1 << i for i, name in enumerate(_COLUMNS)}
 _JSON_COLUMNS = frozenset({"tags", "config", "desired_config"})
 
-_SELECT = """
+_SELECT = f"""
 SELECT d.device_id, d.device_type, d.serial_number, d.manufacturer, d.site_id, d.zone, d.tags, d.status,
        d.firmware_version, d.firmware_sha256, d.config, d.desired_config, d.config_version,
-       d.created_at, d.updated_at, d.retired_at, p.last_heartbeat, p.uptime
+       d.created_at, d.updated_at, d.retired_at, p.last_heartbeat, p.uptime,
+       d.desired_config_version, {CONFIG_STATE} AS config_state, d.config_reported_at, d.barred_at, d.barred_reason
 FROM devices d LEFT JOIN presence p USING (device_id)
 """
 
@@ -67,6 +69,26 @@ FROM incoming i JOIN devices d ON d.serial_number = i.serial_number
 WHERE d.device_id <> i.device_id ORDER BY i.line
 """
 
+_NOT_BURIED = (
+    "NOT EXISTS (SELECT FROM tombstones t WHERE t.device_id = d.device_id AND t.serial_number = d.serial_number "
+    "AND t.released_at IS NULL)"
+)
+_ANY_BURIED = "SELECT EXISTS (SELECT FROM tombstones WHERE released_at IS NULL)"
+
+_BURIED = f"""
+SELECT i.line, i.device_id, t.device_id, t.serial_number, t.retired_at
+FROM (
+    SELECT i.line, t.tombstone_no FROM incoming i JOIN tombstones t USING (serial_number) WHERE t.released_at IS NULL
+    UNION
+    SELECT i.line, t.tombstone_no FROM incoming i JOIN tombstones t USING (device_id) WHERE t.released_at IS NULL
+) found
+JOIN incoming i USING (line) JOIN tombstones t USING (tombstone_no) LEFT JOIN devices d ON d.device_id = i.device_id
+WHERE NOT (i.device_id = t.device_id AND i.serial_number = t.serial_number
+           AND (i.status = 'retired' OR d.status = 'retired' AND i.given & {_BIT["status"]} = 0))
+ORDER BY i.line
+"""
+"""Rows that would bring back what was decommissioned; a file may still speak of it as retired."""
+
 _LOCK_KNOWN = """
 SELECT count(*) FROM (
     SELECT FROM devices d JOIN incoming i USING (device_id) ORDER BY device_id FOR UPDATE OF d
@@ -79,17 +101,24 @@ def _merge_statement() -> str:
     kept = [f"CASE WHEN i.given & {_BIT[c]} <> 0 OR e.device_id IS NULL THEN i.{c} ELSE e.{c} END AS {c}"
             for c in _COLUMNS if c not in ("device_id", "retired_at")]  # fmt: skip
     written = [c for c in _COLUMNS if c != "device_id"]
+    # What is wanted gets a version where it changes, as store.configurations gives it: above the one that is reported.
+    first = "CASE WHEN desired_config IS NULL THEN 0 ELSE config_version + 1 END"
+    next_version = """CASE WHEN EXCLUDED.desired_config IS NULL OR EXCLUDED.desired_config IS NOT DISTINCT FROM
+                d.desired_config THEN d.desired_config_version
+             WHEN d.desired_config_version = 0 THEN EXCLUDED.desired_config_version
+             ELSE d.desired_config_version + 1 END"""
     return f"""
     WITH wanted AS (
         SELECT i.device_id, i.created_at, {", ".join(kept)},
                CASE WHEN i.given & {_BIT["retired_at"]} <> 0 THEN i.retired_at ELSE e.retired_at END AS retired_at
         FROM incoming i LEFT JOIN devices e USING (device_id)
     ), merged AS (
-        INSERT INTO devices AS d ({", ".join(_COLUMNS)}, created_at)
+        INSERT INTO devices AS d ({", ".join(_COLUMNS)}, created_at, desired_config_version)
         SELECT {", ".join(c for c in _COLUMNS if c != "retired_at")},
-               CASE WHEN status = 'retired' THEN COALESCE(retired_at, now()) END, COALESCE(created_at, now())
+               CASE WHEN status = 'retired' THEN COALESCE(retired_at, now()) END, COALESCE(created_at, now()), {first}
         FROM wanted
-        ON CONFLICT (device_id) DO UPDATE SET updated_at = now(), {", ".join(f"{c} = EXCLUDED.{c}" for c in written)}
+        ON CONFLICT (device_id) DO UPDATE SET updated_at = now(), desired_config_version = {next_version},
+               {", ".join(f"{c} = EXCLUDED.{c}" for c in written)}
         WHERE ({", ".join(f"d.{c}" for c in written)}) IS DISTINCT FROM ({", ".join(f"EXCLUDED.{c}" for c in written)})
         RETURNING xmax = 0 AS created
     )
@@ -105,6 +134,11 @@ SELECT device_id, last_heartbeat, uptime FROM incoming WHERE last_heartbeat IS N
 ON CONFLICT (device_id) DO UPDATE SET last_heartbeat = EXCLUDED.last_heartbeat, uptime = EXCLUDED.uptime
 WHERE p.last_heartbeat < EXCLUDED.last_heartbeat
 """
+
+
+_NEXT_VERSION = """, desired_config_version = CASE WHEN d.desired_config IS NOT DISTINCT FROM %(new_desired_config)s
+    THEN d.desired_config_version WHEN d.desired_config_version = 0 THEN d.config_version + 1
+    ELSE d.desired_config_version + 1 END"""
 
 
 class Registry:
@@ -134,6 +168,7 @@ class Registry:
             await connection.execute("ANALYZE incoming")
             await connection.execute("SELECT pg_advisory_xact_lock(%s)", (_IMPORT_LOCK,))
             await _refuse_taken_serials(connection, mistakes)
+            await _refuse_buried(connection, mistakes)
             created, updated = await _merge(connection, source)
             if created + updated >= _ANALYZED_ROWS:
                 await connection.execute("ANALYZE devices")
@@ -149,6 +184,7 @@ class Registry:
         statement = sql.SQL("INSERT INTO devices ({}) VALUES ({})").format(names, marks)
         try:
             async with self._db.pool.connection() as connection:
+                await _refuse_return(connection, device)
                 await connection.execute(statement, values)
         except errors.UniqueViolation as error:
             taken = "serial number" if "serial" in (error.diag.constraint_name or "") else "id"
@@ -173,9 +209,14 @@ class Registry:
         return found
 
     async def update(self, device_id: str, changes: DeviceChanges) -> DeviceRecord:
-        """Change what is set in `changes`; raises NotFoundError."""
+        """Change what is set in `changes`; raises NotFoundError, and RefusedError for what was decommissioned."""
         if not await self._change("d.device_id = %(wanted)s", {"wanted": device_id}, changes):
-            await self.get(device_id)
+            kept = await self.get(device_id)
+            if "status" in changes.model_fields_set and kept.status is not changes.status:
+                raise RefusedError(
+                    f"cannot make device {device_id} {changes.status}: it was decommissioned; "
+                    f"'device release {kept.serial_number}' lifts that"
+                )
         return await self.get(device_id)
 
     async def retire(self, device_id: str) -> DeviceRecord:
@@ -189,14 +230,19 @@ class Registry:
         clause, params = where(devices)
         return await self._change(clause, params, changes)
 
-    async def find(self, devices: DeviceFilter, limit: int = 100, after: str | None = None) -> DevicePage:
+    async def find(
+        self, devices: DeviceFilter, limit: int = 100, after: str | None = None, *, drifted: bool = False
+    ) -> DevicePage:
         """Devices the filter selects, in the order of their ids, and how many it selects in all.
 
         Args:
             limit: most devices to return.
             after: begin behind this id (the last one of the page before).
+            drifted: only those that run another configuration than they should (domain.configurations.ConfigState).
         """
         clause, params = where(devices)
+        if drifted:
+            clause = f"{clause} AND d.desired_config_version > 0 AND {CONFIG_STATE} = 'drifted'"
         async with (
             self._db.pool.connection() as connection,
             connection.cursor(row_factory=class_row(DeviceRecord)) as cursor,
@@ -242,11 +288,15 @@ class Registry:
             return 0
         if "status" in values:
             retired = changes.status is DeviceStatus.RETIRED
+            if not retired:
+                clause = f"({clause}) AND {_NOT_BURIED}"
             values["retired_at"] = datetime.now(UTC) if retired else None
         compared = [name for name in values if name != "retired_at"]  # retiring what is retired changes nothing
         statement = sql.SQL(
-            "UPDATE devices d SET updated_at = now(), {sets} WHERE {clause} AND ({old}) IS DISTINCT FROM ({new})"
+            "UPDATE devices d SET updated_at = now(){version}, {sets} "
+            "WHERE {clause} AND ({old}) IS DISTINCT FROM ({new})"
         ).format(
+            version=sql.SQL(_NEXT_VERSION if changes.desired_config is not None else ""),
             sets=sql.SQL(", ").join(sql.SQL("{} = {}").format(sql.Identifier(n), _placeholder(n)) for n in values),
             clause=sql.SQL(clause),
             old=sql.SQL(", ").join(sql.Identifier("d", n) for n in compared),
@@ -318,6 +368,34 @@ async def _refuse_taken_serials(connection: AsyncConnection, mistakes: _Mistakes
     mistakes.raise_if_any()
 
 
+async def _refuse_return(connection: AsyncConnection, device: DeviceRecord) -> None:
+    cursor = await connection.execute(
+        "SELECT device_id, serial_number, retired_at FROM tombstones WHERE released_at IS NULL "
+        "AND (serial_number = %s OR device_id = %s) LIMIT 1",
+        (device.serial_number, device.device_id),
+    )
+    if (row := await cursor.fetchone()) is not None:
+        raise ConflictError(f"cannot create device {device.device_id}: {buried_text(*row)}")
+
+
+async def _refuse_buried(connection: AsyncConnection, mistakes: _Mistakes) -> None:
+    if not (await (await connection.execute(_ANY_BURIED)).fetchone() or (False,))[0]:
+        return
+    cursor = await connection.execute(_BURIED.encode())
+    async for line, device_id, retired, serial_number, at in cursor:
+        what = "device_id" if device_id == retired else "serial_number"
+        mistakes.add(Mistake(what, buried_text(retired, serial_number, at), line))
+    mistakes.raise_if_any()
+
+
+def buried_text(device_id: str, serial_number: str, at: datetime) -> str:
+    """Why a serial number, or the id that had it, does not come back."""
+    return (
+        f"device {device_id} with the serial number {shown(serial_number)} was decommissioned at "
+        f"{at:%Y-%m-%d %H:%M}Z and does not come back by itself; 'device release' lifts that"
+    )
+
+
 async def _merge(connection: AsyncConnection, source: str) -> tuple[int, int]:
     """From `incoming` into the registry: how many were created, how many updated.
 
@@ -355,6 +433,8 @@ def _row_values(device: DeviceRecord) -> dict[str, Any]:
         values["retired_at"] = datetime.now(UTC)
     if device.created_at is not None:
         values["created_at"] = _utc(device.created_at)
+    if device.desired_config is not None:
+        values["desired_config_version"] = device.config_version + 1
     return values
 
 

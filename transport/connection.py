@@ -19,7 +19,9 @@ from gmqtt.mqtt.constants import MQTTv311
 from models.errors import InvalidInputError, UnavailableError
 from models.settings import Settings
 
-Handler = Callable[[str | bytes, bytes], Awaitable[None]]
+Handler = Callable[[str | bytes, bytes, bool], Awaitable[None]]
+"""Topic, payload, and whether the broker had kept the message (retained) from before the subscription."""
+
 CONNECT_SECONDS = 10.0
 RETRY_SECONDS = 1.0
 log = structlog.get_logger("mqtt")
@@ -78,8 +80,18 @@ class Connection:
         self._was_connected = True
 
     def _receive_with(self, handler: Handler) -> None:
-        async def on_message(_client: Any, topic: Any, payload: bytes, _qos: int, _properties: Any) -> int:
-            await handler(topic, payload)
+        async def on_message(_client: Any, topic: Any, payload: bytes, _qos: int, properties: Any) -> int:
+            await handler(topic, payload, bool(properties.get("retain")))
+            return 0
+
+        self._client.on_message = on_message
+
+    def collect_retained(self, take: Callable[[str, bytes], None]) -> None:
+        """Before `open`: give what the broker had kept, and nothing else, to `take`."""
+
+        def on_message(_client: Any, topic: Any, payload: bytes, _qos: int, properties: Any) -> int:
+            if properties.get("retain") and isinstance(topic, str):
+                take(topic, payload)
             return 0
 
         self._client.on_message = on_message
@@ -128,6 +140,10 @@ class Connection:
         """Send at QoS 0. While the link is down the message is dropped: devices ask again."""
         if self._client.is_connected:
             self._client.publish(topic, payload, qos=0)
+
+    def publish_retained(self, topic: str, payload: bytes) -> None:
+        """Leave a message with the broker for whoever subscribes later; an empty one removes what was left."""
+        self._client.publish(topic, payload, qos=0, retain=True)
 
     def pause(self, paused: bool) -> None:
         """Stop or go on reading from the broker: backpressure for a full queue."""

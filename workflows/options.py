@@ -23,6 +23,9 @@ CA_QUEUE = "tidegate-ca"
 
 # --- activities of other modules, by name -----------------------------------------------------------------------------
 
+PUBLISH_CRLS = "publish_crls"
+"""activities.authorities.AuthorityActivities, on CA_QUEUE; by name, so that no workflow imports what signs."""
+
 PREPARE_ARTIFACTS = "prepare_artifacts"
 """activities.artifacts.ArtifactActivities; by name, because a workflow has no use for a delta codec's imports."""
 
@@ -36,6 +39,9 @@ ROTATION_WORKFLOW = "CertificateRotationWorkflow"
 
 WAVE_SOAKING = "wave_soaking"
 """From a wave to whoever started it; by name, because the wave does not know what kind of workflow that is."""
+
+CONFIGURE = "configure"
+"""To a device's ConfigurationWorkflow: a models.identity.ConfigureDeviceInput that replaces what is waited for."""
 
 DEVICE_EVENT = "device_event"
 """To every lifecycle workflow: a models.identity.DeviceEvent, delivered from the outbox (store/waits.py)."""
@@ -68,6 +74,18 @@ ARTIFACTS_RETRY = RetryPolicy(
 )
 """Few attempts: the full image is always there, so a delta is not worth a long wait."""
 
+# --- reminders: a hint that nobody hears is sent again, ever more rarely -----------------------------------------------
+
+FIRST_REMINDER = timedelta(seconds=30)
+"""A device that is there answers within seconds; what was lost on the way is sent again soon."""
+
+RAREST_REMINDER = timedelta(hours=6)
+"""A device that has been away for a day asks by itself when it comes back; reminders are for hints that got lost."""
+
+FIRST_WIPE_REMINDER = timedelta(seconds=10)
+RAREST_WIPE_REMINDER = timedelta(minutes=2)
+"""A decommissioning waits for minutes, not for days."""
+
 # --- timeouts --------------------------------------------------------------------------------------------------------
 
 SHORT_TIMEOUT = timedelta(seconds=30)
@@ -91,6 +109,22 @@ ARTIFACTS_QUEUE_TIMEOUT = timedelta(minutes=5)
 ARTIFACTS_HEARTBEAT = timedelta(seconds=30)
 """Preparing artifacts beats every 5 s."""
 
+SWEEP_TIMEOUT = timedelta(days=7)
+"""A fleet-wide rotation at a pace; liveness is the heartbeat's business. Longer ones are taken up by the next sweep."""
+
+CRL_TIMEOUT = timedelta(minutes=5)
+"""How long a lifecycle workflow waits for a worker that signs revocation lists. The engine and the brokers' ACL act on
+a revocation without one, and the hourly upkeep signs what was missed."""
+
+RETAINED_TIMEOUT = timedelta(minutes=1)
+"""A connection to the broker, a few seconds of listening."""
+
+RETAINED_LIMIT = timedelta(minutes=30)
+"""All attempts to clear retained messages together; a broker that is away for longer is told of in an alert."""
+
+BROKERS_GRACE = timedelta(minutes=1)
+"""Beyond what a decommissioning grants the brokers: for a worker that dies meanwhile."""
+
 CHECK_TIMEOUT = timedelta(seconds=20)
 """One transaction, and the enrolment hook, which has five seconds."""
 
@@ -102,6 +136,26 @@ REISSUE_TIMEOUT = timedelta(minutes=2)
 
 CRL_QUEUE_TIMEOUT = timedelta(minutes=2)
 """How long a provisioning that was undone waits for a revocation list; after that the hourly one has it."""
+
+SIGN_TIMEOUT = timedelta(minutes=2)
+"""One attempt at the revocation lists: 100,000 entries take about two seconds, a slow signer's round trips the rest."""
+
+CRL_UPKEEP_LIMIT = timedelta(minutes=10)
+"""How long a round waits for somebody who signs before it looks whether an alert is due; the next round is within the
+hour, and a list has days to live."""
+
+# --- schedules ---------------------------------------------------------------------------------------------------------
+
+CRL_SCHEDULE = "tidegate-crl"
+CRL_UPKEEP_ID = "upkeep:crl"
+"""Temporal adds the time to the id of each round."""
+
+CRL_UPKEEP_EVERY = timedelta(hours=1)
+"""Long before anything is due: lists are renewed at a quarter of their life, which is a day or more. Shorter lists are
+looked at eight times in theirs."""
+
+CATCH_UP = timedelta(minutes=5)
+"""A round that was missed is not made up for: the next one does the same. Temporal's default is a year."""
 
 # --- what a person sees ------------------------------------------------------------------------------------------------
 
