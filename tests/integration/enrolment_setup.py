@@ -197,7 +197,7 @@ async def serving(
 
 @asynccontextmanager
 async def working(
-    db: Database, client: Client, pki: Pki, *, hook: str | None = None, listed: bool = True
+    db: Database, client: Client, pki: Pki, *, hook: str | None = None, listed: bool = True, cached: int = 100
 ) -> AsyncIterator[None]:
     """Workers with the activities of provisioning and the CA's key, and the relay of the outbox. `listed`: what runs
     in the end can be listed, and is ended."""
@@ -218,6 +218,7 @@ async def working(
             provisioning.undo_provisioning,
         ],
         workflow_runner=runner(),
+        max_cached_workflows=cached,
     )
     ca = Worker(
         client,

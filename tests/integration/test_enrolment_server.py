@@ -34,6 +34,7 @@ from tests.integration.enrolment_setup import (
     serving,
     tell,
     value,
+    working,
     write_pair,
 )
 
@@ -257,8 +258,6 @@ async def test_a_device_that_never_uses_its_certificates_gets_only_a_few(door: D
 async def test_a_request_that_takes_long_is_told_to_come_again_and_joins_what_runs(
     db: Database, temporal: Client, pki: Pki
 ) -> None:
-    from tests.integration.enrolment_setup import working
-
     key = new_key()
     async with serving(db, temporal, pki, wait_seconds=0.3) as door:
         claim = door.client(await pki.batch(db))
@@ -327,6 +326,27 @@ async def test_a_new_authority_is_believed_without_a_restart(door: Door, db: Dat
     await asyncio.sleep(2.5)
     client = door.client(write_pair(pki.folder, "new-claim", pem_of(claim), key))
     certificate_of(await client.post(ENROLL, content=body_for("SN-1", new_key()), headers=PKCS10))
+
+
+async def test_a_worker_that_is_gone_between_two_steps_is_taken_over_from(
+    db: Database, temporal: Client, pki: Pki
+) -> None:
+    key = new_key()
+    async with serving(db, temporal, pki) as door:
+        claim = door.client(await pki.batch(db, config={"interval": 5}))
+        async with working(db, temporal, pki, listed=False, cached=0):
+            certificate_of(await claim.post(ENROLL, content=body_for("SN-1", key), headers=PKCS10))
+        await tell(db, "SN-1", DeviceHappening.CONNECTED)
+        async with working(db, temporal, pki, listed=False, cached=0):
+            await until(db, "SELECT count(*) = 0 FROM workflow_outbox")
+        await tell(db, "SN-1", DeviceHappening.CONFIGURED, version=1)
+        async with working(db, temporal, pki, listed=False, cached=0):
+            await until(db, "SELECT status = 'configured' FROM devices")
+        await tell(db, "SN-1", DeviceHappening.HEARTBEAT)
+        async with working(db, temporal, pki, cached=0):
+            result = await asyncio.wait_for(temporal.get_workflow_handle("provision:SN-1").result(), 20)
+    assert result["outcome"] == ProvisionOutcome.ACTIVE
+    assert await column(db, "SELECT state FROM certificates") == ["valid"]
 
 
 async def until(db: Database, statement: str, seconds: float = 10) -> None:
