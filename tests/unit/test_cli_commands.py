@@ -59,6 +59,8 @@ def closed_port() -> int:
 def test_the_commands_are_those_of_the_documentation() -> None:
     assert {" ".join(words) for words in LEAVES} == {
         "up", "demo", "migrate",
+        "ca init", "ca show", "ca roll", "ca retire", "ca crl",
+        "broker list", "broker setup",
         "claim create", "claim list", "claim show", "claim disable", "claim allow",
         "enrolment list", "enrolment show", "enrolment approve", "enrolment reject", "enrolment resolve",
         "device import", "device list", "device show", "device lookup", "device enroll",
@@ -107,6 +109,11 @@ def test_wrong_usage_has_status_2(words: tuple[str, ...]) -> None:
 # --- nobody answers --------------------------------------------------------------------------------------------------
 
 NEEDS_DATABASE = [
+    ("ca", "init"),
+    ("ca", "show"),
+    ("ca", "retire", "abc"),
+    ("ca", "crl"),
+    ("broker", "list"),
     ("device", "list"),
     ("device", "show", "m1"),
     ("device", "lookup", "m1"),
