@@ -1,6 +1,7 @@
 """`python -m tests.chaos.dying_worker`: the worker, and it dies by SIGKILL at the points of a plan, once at each.
 
-The plan is a folder with one empty file for each death to die: `<workflow id, quoted>@<activity id>@<point>`. Points:
+The plan is a folder with one empty file for each death to die: `<workflow id, quoted>@<activity>@<point>`, where the
+activity is its type and how many of that type the workflow has had, as in `publish_crls-1` (`Ordinals`). Points:
 `before` (the former activity has been reported, this one has done nothing) and `after` (it has done all it does, and
 nobody has been told). The file is removed first, so that the next worker gets past it.
 
@@ -10,6 +11,7 @@ many deaths does not consist of waiting.
 
 import os
 import signal
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -31,14 +33,30 @@ import worker  # noqa: E402, because steps read their timeouts as they are impor
 PLAN = "TIDEGATE_TEST_DEATHS"
 
 
-def death(workflow_id: str, activity_id: str, point: str) -> str:
+def death(workflow_id: str, which: str, point: str) -> str:
     """Name of the file that stands for a death."""
-    return f"{quote(workflow_id, safe='')}@{activity_id}@{point}"
+    return f"{quote(workflow_id, safe='')}@{which}@{point}"
+
+
+@dataclass
+class Ordinals:
+    """Which of its type an activity is within its workflow, whatever attempt and whichever worker: files remember."""
+
+    folder: Path
+
+    def name(self, workflow_id: str, kind: str, activity_id: str) -> str:
+        """`<type>-<ordinal from 1>`."""
+        seen = self.folder / f"{quote(workflow_id, safe='')}@{kind}"
+        seen.mkdir(parents=True, exist_ok=True)
+        (seen / activity_id).touch()
+        return f"{kind}-{sum(int(path.name) <= int(activity_id) for path in seen.iterdir())}"
 
 
 def _die_here(point: str) -> None:
     info = activity.info()
-    planned = Path(os.environ[PLAN]) / death(info.workflow_id or "", info.activity_id, point)
+    plan, workflow_id = Path(os.environ[PLAN]), info.workflow_id or ""
+    which = Ordinals(plan.with_name(plan.name + "-seen")).name(workflow_id, info.activity_type, info.activity_id)
+    planned = plan / death(workflow_id, which, point)
     if planned.exists():
         planned.unlink()
         os.kill(os.getpid(), signal.SIGKILL)
