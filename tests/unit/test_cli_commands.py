@@ -60,7 +60,12 @@ def test_the_commands_are_those_of_the_documentation() -> None:
     assert {" ".join(words) for words in LEAVES} == {
         "up", "demo", "migrate",
         "ca init", "ca show", "ca roll", "ca retire", "ca crl",
-        "device import", "device list", "device show",
+        "device import", "device list", "device show", "device enroll",
+        "device configure", "device configuration", "device rotate", "device certificates", "device revoke",
+        "device decommission", "device release",
+        "rotation start", "rotation status",
+        "claim create", "claim list", "claim show", "claim disable", "claim allow",
+        "enrolment list", "enrolment show", "enrolment approve", "enrolment reject", "enrolment resolve",
         "release keygen", "release publish", "release list", "release show",
         "rollout start", "rollout watch", "rollout show", "rollout list", "rollout pause", "rollout resume",
         "rollout approve", "rollout promote", "rollout abort", "rollout adjust", "rollout device", "rollout devices",
