@@ -29,6 +29,7 @@ from temporalio.worker import Worker
 from activities.artifact_store import ArtifactStore
 from activities.artifacts import ArtifactActivities
 from activities.authorities import AuthorityActivities, AuthorityWatch
+from activities.cache import CacheRelay
 from activities.configuration import ConfigurationActivities
 from activities.decommission import DecommissionActivities
 from activities.enrolment_hook import EnrolmentHook
@@ -320,10 +321,13 @@ async def serve(settings: Settings) -> None:
             issuing,
         )
         await _schedule(client, settings, signs=keys is not None)
+        cache = CacheRelay(db.url, settings.redis_url) if settings.redis_url else None
         async with asyncio.TaskGroup() as group:
             for worker in running:
                 group.create_task(worker.run())
             group.create_task(OutboxRelay(db, client, options.DEVICE_EVENT).run(stop))
+            if cache is not None:
+                group.create_task(cache.run(stop))
             metrics.mark_ready("worker")
             log.info(
                 "ready",

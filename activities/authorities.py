@@ -59,6 +59,8 @@ ENDING = timedelta(days=270)
 
 ROLL_POLL = timedelta(milliseconds=250)
 
+_WHAT_IS_DUE = PublishCrlsInput()
+
 log = structlog.get_logger()
 
 
@@ -75,7 +77,7 @@ class AuthorityActivities:
         return Issuers(self.keys)
 
     @activity.defn
-    async def publish_crls(self, asked: PublishCrlsInput) -> PublishCrlsResult:
+    async def publish_crls(self, asked: PublishCrlsInput = _WHAT_IS_DUE) -> PublishCrlsResult:
         """Sign the list of each device CA where certificates were revoked, or a quarter of the newest's life is over.
 
         Idempotent: a list that names all that is revoked and is young stands. One at a time for each CA: who comes second

@@ -1,8 +1,11 @@
-"""The device's MQTT session: requests with their answers, hints, heartbeats, and a connection that comes back.
+"""The device's MQTT session: requests with their answers, hints, commands, heartbeats, and a connection that comes back.
 
 Requests go out at QoS 1 and are matched to their answers by clientToken. An answer that does not come in time is
 UnansweredError: the request may have been carried out, so whoever repeats it sends the version it knows. While the
 broker is away, requests wait; connecting again is spread by jitter, so that a fleet does not come back in one instant.
+
+A device with credentials connects with the best of its certificates; after a failure the next one is tried, so that a
+rotation which has gone wrong never leaves it outside (`Passports`).
 """
 
 import asyncio
@@ -11,7 +14,7 @@ import random
 import secrets
 import ssl
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -19,10 +22,12 @@ from urllib.parse import urlsplit
 import aiomqtt
 import orjson
 
-from agent.errors import RejectedError, UnansweredError
+from agent.credentials import Credentials, Pair
+from agent.errors import CredentialError, RejectedError, UnansweredError
 from agent.jobs import Answer, Execution, Refusal, judge_rejection, parse_execution, update_request
+from agent.trust import Trust
 from models.errors import InvalidInputError
-from models.protocol import ExecutionState, Step, heartbeat_topic, jobs_topic
+from models.protocol import ExecutionState, Step, command_topic, config_topic, heartbeat_topic, jobs_topic
 
 _SUBACK_FAILURE = 0x80
 
@@ -48,11 +53,11 @@ class Broker:
         tls = parts.scheme == "mqtts"
         return cls(parts.hostname, parts.port or (8883 if tls else 1883), tls=tls, **more)
 
-    def tls_context(self) -> ssl.SSLContext | None:
-        """For `mqtts`: the CA to trust and the device's certificate."""
+    def tls_context(self, trust: Trust | None = None) -> ssl.SSLContext | None:
+        """For `mqtts`: the CAs to trust (`ca` alone where `trust` is not given) and the device's certificate."""
         if not self.tls:
             return None
-        context = ssl.create_default_context(cafile=str(self.ca) if self.ca else None)
+        context = (trust or Trust(self.ca)).context()
         if self.certificate is not None:
             context.load_cert_chain(self.certificate, self.private_key)
         return context
@@ -60,22 +65,89 @@ class Broker:
 
 @dataclass(frozen=True, slots=True)
 class Patience:
-    """How long the session waits for what. `step` and `finish`: for a report, repeats included."""
+    """How long the session waits for what. `step` and `finish`: for a report, repeats included. `proof`: for a connection
+    with a new certificate."""
 
     answer_seconds: float = 10.0
     step_seconds: float = 30.0
     finish_seconds: float = 60.0
+    proof_seconds: float = 30.0
     reconnect_seconds: float = 1.0
     reconnect_most_seconds: float = 60.0
 
 
-class JobsClient:
-    """One device's session with the gateway. `run` keeps it connected until it is cancelled."""
+MOST_COMMANDS = 8
+"""Command messages that wait to be looked at; what is dropped comes again when it is asked for."""
 
-    def __init__(self, thing: str, broker: Broker, patience: Patience | None = None, rng: random.Random | None = None):
+
+class Passports:
+    """Which certificate the next connection is tried with, how it fared, and whom the device believes at the other end."""
+
+    def __init__(self, credentials: Credentials, trust: Trust) -> None:
+        self.trust = trust
+        self._credentials = credentials
+        self._failures = 0
+        self._tried: Pair | None = None
+        self._asked: tuple[int, asyncio.Future[bool]] | None = None
+
+    def choose(self) -> Pair:
+        """The pair for the next connection: the best one first, then the others in turn."""
+        candidates = self._credentials.candidates()
+        self._tried = candidates[self._failures % len(candidates)]
+        return self._tried
+
+    def worked(self) -> None:
+        """The connection stands."""
+        self._failures = 0
+        self._tell(True)
+
+    def failed(self) -> None:
+        """It could not be made, or was lost."""
+        self._failures += 1
+        self._tell(False)
+
+    def fare(self, number: int) -> "asyncio.Future[bool]":
+        """How the next connection with this pair goes; the next one is tried with the best pair."""
+        self._failures = 0
+        future: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+        self._asked = (number, future)
+        return future
+
+    def stands_with(self, number: int) -> bool:
+        """Whether the connection was last tried with this pair and nothing has failed since."""
+        return self._failures == 0 and self._tried is not None and self._tried.number == number
+
+    def _tell(self, worked: bool) -> None:
+        if self._asked is not None and self._tried is not None and self._tried.number == self._asked[0]:
+            if not self._asked[1].done():
+                self._asked[1].set_result(worked)
+            self._asked = None
+
+
+class JobsClient:
+    """One device's session with the gateway. `run` keeps it connected until it is cancelled.
+
+    Events for whoever waits: `hint` (ask for a job), `config_hint` (ask for the configuration), `command_hint` (ask for
+    a command); all three are set with every connection, for what was published meanwhile is lost. `commands` holds what
+    came on `commands/request`.
+    """
+
+    def __init__(
+        self,
+        thing: str,
+        broker: Broker,
+        patience: Patience | None = None,
+        rng: random.Random | None = None,
+        passports: Passports | None = None,
+    ):
         self.thing = thing
         self.hint = asyncio.Event()
+        self.config_hint = asyncio.Event()
+        self.command_hint = asyncio.Event()
+        self.commands: asyncio.Queue[dict[str, Any]] = asyncio.Queue(MOST_COMMANDS)
         self.connected = asyncio.Event()
+        self._passports = passports
+        self._receiving: asyncio.Task[None] | None = None
         self.errors = 0
         self.patience = patience or Patience()
         self.rng = rng or random.Random()
@@ -93,13 +165,14 @@ class JobsClient:
                 async with self._connect() as client:
                     await self._subscribe(client)
                     self._client, failures = client, 0
-                    self.connected.set()
-                    self.hint.set()  # whatever was published meanwhile is lost: ask
-                    async for message in client.messages:
-                        self._take(message)
-            except (aiomqtt.MqttError, OSError, UnansweredError):
+                    self._came()
+                    if await self._receive(client):
+                        continue
+            except (aiomqtt.MqttError, OSError, UnansweredError, CredentialError):
                 _heed_cancellation()
                 self.errors += 1
+                if self._passports is not None:
+                    self._passports.failed()
             finally:
                 self._client = None
                 self.connected.clear()
@@ -107,12 +180,46 @@ class JobsClient:
             failures = min(failures + 1, 16)
             await asyncio.sleep(most * self.rng.uniform(0.5, 1.5))
 
+    def drop(self) -> None:
+        """End the connection, so that the next one is made at once with the best certificate."""
+        if self._receiving is not None:
+            self._receiving.cancel()
+
+    def _came(self) -> None:
+        if self._passports is not None:
+            self._passports.worked()
+        self.connected.set()
+        for hint in (self.hint, self.config_hint, self.command_hint):
+            hint.set()  # whatever was published meanwhile is lost: ask
+
+    async def _receive(self, client: aiomqtt.Client) -> bool:
+        """Take what comes until the connection is lost. True: `drop` has ended it."""
+
+        async def take_all() -> None:
+            async for message in client.messages:
+                self._take(message)
+
+        self._receiving = receiving = asyncio.create_task(take_all())
+        try:
+            await asyncio.wait([receiving])
+        finally:
+            receiving.cancel()
+            self._receiving = None
+        if receiving.cancelled():
+            return True
+        receiving.result()
+        return False
+
     async def start_next(self) -> Execution | None:
         """Ask for work: the execution in progress, else the next one. Raises UnansweredError, RejectedError."""
         return parse_execution(await self.request("start-next", body={}))
 
     async def request(self, *parts: str, body: Mapping[str, Any]) -> dict[str, Any]:
-        """Send a jobs request, and give its accepted answer.
+        """Send a jobs request, and give its accepted answer. Raises as `ask` does."""
+        return await self.ask(jobs_topic(self.thing, *parts), body)
+
+    async def ask(self, topic: str, body: Mapping[str, Any]) -> dict[str, Any]:
+        """Send a request, and give its accepted answer.
 
         Raises:
             RejectedError: the gateway refused it.
@@ -122,7 +229,7 @@ class JobsClient:
         token = f"{self._session}-{self._count}"
         future: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
         self._waiting[token] = future
-        topic, payload = jobs_topic(self.thing, *parts), orjson.dumps({**body, "clientToken": token})
+        payload = orjson.dumps({**body, "clientToken": token})
         try:
             async with asyncio.timeout(self.patience.answer_seconds):
                 await self.connected.wait()
@@ -136,6 +243,19 @@ class JobsClient:
         finally:
             del self._waiting[token]
 
+    async def publish(self, topic: str, body: Mapping[str, Any]) -> None:
+        """Publish at QoS 1; returns when the broker has it. Raises UnansweredError."""
+        try:
+            async with asyncio.timeout(self.patience.answer_seconds):
+                await self.connected.wait()
+                if self._client is None:
+                    raise UnansweredError(f"{topic}: the connection is gone")
+                await self._client.publish(topic, orjson.dumps(body), qos=1)
+        except (TimeoutError, aiomqtt.MqttError) as error:
+            _heed_cancellation()
+            self.errors += 1
+            raise UnansweredError(f"{topic}: not taken within {self.patience.answer_seconds} s") from error
+
     async def heartbeat(self, body: Mapping[str, Any]) -> None:
         """Publish a heartbeat; one that cannot be sent is lost, the next one says more."""
         if self._client is not None:
@@ -145,13 +265,16 @@ class JobsClient:
 
     def _connect(self) -> aiomqtt.Client:
         broker = self._broker
+        if self._passports is not None:
+            pair = self._passports.choose()
+            broker = replace(broker, certificate=pair.certificate, private_key=pair.private_key)
         return aiomqtt.Client(
             broker.host,
             broker.port,
             identifier=self.thing,
             protocol=aiomqtt.ProtocolVersion(broker.protocol),
             clean_session=True if broker.protocol == aiomqtt.ProtocolVersion.V311 else None,
-            tls_context=broker.tls_context(),
+            tls_context=broker.tls_context(self._passports.trust if self._passports else None),
             timeout=self.patience.answer_seconds,
             keepalive=60,
         )
@@ -160,6 +283,9 @@ class JobsClient:
         """The answers and hints for this device; every SUBACK is read, for a refusal is silence otherwise."""
         filters = [jobs_topic(self.thing, "notify-next")]
         filters += [jobs_topic(self.thing, "+", *verb, kind) for verb in ((), ("update",)) for kind in _ANSWERS]
+        filters += [config_topic(self.thing, verb, kind) for verb in ("get", "update") for kind in _ANSWERS]
+        filters += [config_topic(self.thing, "update", "delta")]
+        filters += [command_topic(self.thing, part) for part in ("request", "notify")]
         granted = await client.subscribe([(name, 0) for name in filters])
         refused = [name for name, code in zip(filters, granted, strict=True) if _code(code) >= _SUBACK_FAILURE]
         if refused:
@@ -174,6 +300,8 @@ class JobsClient:
         if topic.endswith("/notify-next"):
             if isinstance(body, dict) and "execution" in body:  # without one it says that nothing waits
                 self.hint.set()
+            return
+        if self._announces(topic, body):
             return
         future = self._waiting.get(str(body.get("clientToken"))) if isinstance(body, dict) else None
         if future is None or future.done():
@@ -190,6 +318,20 @@ class JobsClient:
                     state if isinstance(state, dict) else None,
                 )
             )
+
+    def _announces(self, topic: str, body: Any) -> bool:
+        """Whether it is a hint or a command, and not an answer."""
+        if topic == config_topic(self.thing, "update", "delta"):
+            self.config_hint.set()
+        elif topic == command_topic(self.thing, "notify"):
+            self.command_hint.set()
+        elif topic == command_topic(self.thing, "request"):
+            if isinstance(body, dict):
+                with contextlib.suppress(asyncio.QueueFull):
+                    self.commands.put_nowait(body)
+        else:
+            return False
+        return True
 
 
 _ANSWERS = ("accepted", "rejected")

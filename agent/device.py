@@ -11,6 +11,7 @@ tries x `confirm_seconds`; after that the old image comes back, and the server m
 import asyncio
 import contextlib
 import random
+import secrets
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
@@ -20,7 +21,9 @@ from typing import Any
 import httpx
 
 from agent.bootloader import Boot, BootLoader
-from agent.client import Broker, JobsClient, MqttReports, Patience
+from agent.client import Broker, JobsClient, MqttReports, Passports, Patience
+from agent.commands import Commander, Enrolled, Rhythm
+from agent.configuration import ConfigurationStore, Configurator
 from agent.download import Downloader, DownloadPolicy
 from agent.errors import RejectedError, UnansweredError
 from agent.image import Behaviour, behaviour_of, version_in
@@ -30,13 +33,15 @@ from agent.updater import Identity, Leg, Updater
 
 
 class Reset(StrEnum):
-    """Why a boot ended. STOPPED: somebody wants the program to end, the device itself would go on."""
+    """Why a boot ended. STOPPED: somebody wants the program to end, the device itself would go on. WIPED: it has no
+    credentials any more, by command."""
 
     REQUESTED = "requested"
     CRASH = "crash"
     WATCHDOG = "watchdog"
     UNCONFIRMED = "unconfirmed"
     STOPPED = "stopped"
+    WIPED = "wiped"
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +92,8 @@ class Device:
         clock: Callable[[], float] = time.time,
         rng: random.Random | None = None,
         watch: Watch | None = None,
+        enrolled: Enrolled | None = None,
+        online: asyncio.Event | None = None,
     ) -> None:
         self._config = config
         self._storage = storage
@@ -96,17 +103,22 @@ class Device:
         self._clock = clock
         self._rng = rng or random.Random()
         self._watch = watch
-        self.online = asyncio.Event()
+        self._enrolled = enrolled
+        self.online = online or asyncio.Event()
+        self._configuration = ConfigurationStore(storage)
+        self._boot_id = secrets.token_hex(8)
         self._started = time.monotonic()
 
     async def life(self) -> None:
-        """Boot, run, reset, for ever. Raises BrickedError when nothing can be booted any more."""
-        while True:
-            await self.run_boot(BootLoader(Slots(self._storage)).boot())
+        """Boot, run, reset, until the device is wiped. Raises BrickedError when nothing can be booted any more."""
+        reset = Reset.REQUESTED
+        while reset is not Reset.WIPED:
+            reset = await self.run_boot(BootLoader(Slots(self._storage)).boot())
 
     async def run_boot(self, boot: Boot) -> Reset:
         """Run what was booted, until the device resets."""
-        self._started = time.monotonic()
+        self._started, self._boot_id = time.monotonic(), secrets.token_hex(8)
+        self._configuration = ConfigurationStore(self._storage)
         if self._watch is not None:
             self._watch(boot)
         image = Slots(self._storage).image(boot.slot)
@@ -122,27 +134,60 @@ class Device:
         return await self._run(boot, image, behaviour)
 
     async def _run(self, boot: Boot, image: bytes, behaviour: Behaviour) -> Reset:
-        client = JobsClient(self._config.identity.device_id, self._config.broker, self._config.patience, self._rng)
+        thing, passports = self._config.identity.device_id, None
+        if self._enrolled is not None:
+            passports = Passports(self._enrolled.credentials, self._enrolled.trust)
+        client = JobsClient(thing, self._config.broker, self._config.patience, self._rng, passports)
 
         async def self_test() -> str | None:
             return _self_test(boot, image, behaviour)
 
         downloader = Downloader(self._storage, self._http, self._config.download)
         updater = Updater(self._config.identity, boot, self._storage, downloader, self._clock, self_test)
+        wiping: asyncio.Task[None] | None = None
         async with asyncio.TaskGroup() as tasks:
-            helpers = []
+            helpers, ends = [], []
             if behaviour is not Behaviour.NO_NETWORK:
-                parts = (client.run(), self._beat(client, boot), self._announce(client))
+                parts = (
+                    client.run(),
+                    self._beat(client, boot),
+                    self._announce(client),
+                    self._configurator(client).run(),
+                )
                 helpers = [tasks.create_task(part) for part in parts]
+                if passports is not None:
+                    wiping = tasks.create_task(self._commander(client, passports).run())
+                    ends.append(wiping)
             work = tasks.create_task(self._work(updater, client))
+            ends.append(work)
             if boot.trial:
                 helpers.append(tasks.create_task(self._guard(updater, work)))
             try:
-                await asyncio.wait([work])
+                await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+                wiped = wiping is not None and wiping.done() and not wiping.cancelled()
             finally:
-                for helper in [*helpers, work]:
+                for helper in [*helpers, *ends]:
                     helper.cancel()
+        if wiped and self._enrolled is not None:
+            self._enrolled.credentials.wipe()
+            return Reset.WIPED
         return Reset.UNCONFIRMED if work.cancelled() else Reset.REQUESTED
+
+    def _configurator(self, client: JobsClient) -> Configurator:
+        timing = self._config.timing
+        return Configurator(client, self._configuration, timing.poll_seconds, timing.retry_seconds)
+
+    def _commander(self, client: JobsClient, passports: Passports) -> Commander:
+        assert self._enrolled is not None
+        return Commander(
+            client,
+            self._storage,
+            self._config.identity.keys,
+            self._enrolled,
+            passports,
+            Rhythm(self._config.timing.poll_seconds, self._config.timing.retry_seconds),
+            self._clock,
+        )
 
     async def _work(self, updater: Updater, client: JobsClient) -> None:
         """Ask for work and do it; returns when the device is to reboot."""
@@ -182,11 +227,13 @@ class Device:
         self.online.set()
 
     async def _beat(self, client: JobsClient, boot: Boot) -> None:
-        """Heartbeats, from the first connection on."""
-        period = self._config.timing.heartbeat_seconds
-        while period > 0:
+        """Heartbeats, from the first connection on; in the rhythm of the configuration where that says one."""
+        if self._config.timing.heartbeat_seconds <= 0:
+            return
+        while True:
             await client.connected.wait()
             await client.heartbeat(self._vitals(client, boot))
+            period = self._configuration.current.heartbeat_seconds or self._config.timing.heartbeat_seconds
             await asyncio.sleep(period * self._rng.uniform(0.8, 1.2))
 
     def _vitals(self, client: JobsClient, boot: Boot) -> dict[str, Any]:
@@ -201,6 +248,7 @@ class Device:
             "networkSignalStrength": round(self._rng.gauss(-60, 4)),
             "errorCount": client.errors,
             "firmwareSha256": boot.sha256,
+            "bootId": self._boot_id,
         }
 
 

@@ -4,6 +4,13 @@
 TidegateError (models.errors)
 ├── BrickedError             no slot can be booted: the one state that must not be reachable
 ├── RecordError              a state record that is not what was written
+├── CredentialError          a key or certificate that is missing or is not this device's
+│   └── WipedError           its credentials were wiped by command
+├── EnrolmentError           a request to the enrolment server
+│   ├── EnrolmentRefusedError  it said no, and why; asking again at once brings nothing
+│   └── EnrolmentAwayError   it did not answer, or has no answer yet
+├── RotationError            ended with the old certificate
+├── CommandError             a command that is not carried out
 ├── UpdateError              `.failure_class`, reported to the gateway
 │   ├── DownloadError        network    the bytes did not come
 │   │   └── TooSlowError     network    they came more slowly than anyone should wait for
@@ -28,6 +35,43 @@ class BrickedError(TidegateError):
 
 class RecordError(TidegateError):
     """A state record is missing, torn or of another kind."""
+
+
+class CredentialError(TidegateError):
+    """A key or a certificate that is missing, or is not this device's."""
+
+
+class WipedError(CredentialError):
+    """The device was wiped: it has no credentials, and gets none until a person wants it to."""
+
+
+class EnrolmentError(TidegateError):
+    """A request to the enrolment server that brought no certificate."""
+
+
+class EnrolmentRefusedError(EnrolmentError):
+    """The server's no. `status` is the HTTP status."""
+
+    def __init__(self, request: str, status: int, reason: str) -> None:
+        self.status = status
+        self.reason = reason
+        super().__init__(f"{request} was refused ({status}): {reason:.300}")
+
+
+class EnrolmentAwayError(EnrolmentError):
+    """No answer in time, or none yet. Repeating the request is safe: the same key gets the same certificate."""
+
+    def __init__(self, message: str, retry_after_seconds: float | None = None) -> None:
+        self.retry_after_seconds = retry_after_seconds
+        super().__init__(message)
+
+
+class RotationError(TidegateError):
+    """A rotation that ended with the old certificate; the reason is for the server."""
+
+
+class CommandError(TidegateError):
+    """A command that this device does not carry out: unreadable, unsigned, for another device, or over."""
 
 
 class UpdateError(TidegateError):

@@ -27,10 +27,12 @@ import uvloop
 
 from agent.client import Broker, Patience
 from agent.device import Timing
+from agent.enrolment import Claim, EnrolmentPatience, EnrolmentServer
 from agent.faults import FaultPlan, FaultRule, share
-from agent.fleet_config import DeviceReport, FleetConfig, FleetDevice, FleetReport, read_devices
+from agent.fleet_config import DeviceReport, FleetConfig, FleetDevice, FleetEnrolment, FleetReport, read_devices
 from agent.fleet_real import RealFleet
 from agent.fleet_simulated import SimulatedFleet
+from agent.trust import Trust
 from firmware.keys import TrustedKeys, load_public_key
 from models.errors import InvalidInputError, TidegateError
 from models.ids import THING_NAME
@@ -82,6 +84,10 @@ def _cpu() -> float:
 def _check(config: FleetConfig) -> None:
     if not config.simulate and (config.state_dir is None or config.base is None):
         raise InvalidInputError("cannot run the fleet: real devices need a state directory and a base image")
+    if config.simulate and config.enrolment is not None:
+        raise InvalidInputError(
+            "cannot run the fleet: simulated devices have no certificates; leave --enrolment-url out"
+        )
     if config.simulate and config.broker.tls:
         raise InvalidInputError("cannot run the fleet: simulated devices speak plain MQTT only; use an mqtt:// address")
     ids = [device.device_id for device in config.devices]
@@ -124,7 +130,8 @@ def _config(arguments: argparse.Namespace) -> FleetConfig:
         devices = read_devices(arguments.devices_file, arguments.devices)
     else:
         count = 10 if arguments.devices is None else arguments.devices
-        devices = tuple(FleetDevice(f"{arguments.prefix}{n}", arguments.type) for n in range(1, count + 1))
+        names = [f"{arguments.prefix}{n}" for n in range(1, count + 1)]
+        devices = tuple(FleetDevice(name, arguments.type, name) for name in names)
     faults = FaultPlan(
         arguments.seed,
         tuple(FaultRule.parse(text) for text in arguments.fault),
@@ -160,7 +167,19 @@ def _config(arguments: argparse.Namespace) -> FleetConfig:
         ask_on_connect=not arguments.no_ask,
         ready_file=arguments.ready_file,
         report_file=arguments.report,
+        enrolment=_enrolment(arguments),
     )
+
+
+def _enrolment(arguments: argparse.Namespace) -> FleetEnrolment | None:
+    if arguments.enrolment_url is None:
+        return None
+    if arguments.claim_cert is None or arguments.claim_key is None:
+        raise InvalidInputError("cannot enrol the fleet: give --claim-cert and --claim-key")
+    patience = EnrolmentPatience(retry_seconds=arguments.retry, refused_seconds=arguments.refused)
+    server = EnrolmentServer(arguments.enrolment_url, Trust(arguments.ca), patience, arguments.enrol_at_once)
+    claim = Claim(arguments.claim_cert, arguments.claim_key)
+    return FleetEnrolment(server, claim, arguments.enrolment_report)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -187,7 +206,13 @@ def _parser() -> argparse.ArgumentParser:
     who.add_argument("--order-key", required=True, type=Path, action="append", metavar="PEM", help="public, repeatable")
     where = parser.add_argument_group("the broker")
     where.add_argument("--mqtt", default="mqtt://127.0.0.1:1883", metavar="URL", help="mqtt:// or mqtts://host:port")
-    where.add_argument("--ca", type=Path, metavar="PEM", help="CA of an mqtts broker")
+    where.add_argument("--ca", type=Path, metavar="PEM", help="CA of an mqtts broker and of the enrolment server")
+    enrolment = parser.add_argument_group("enrolment of real devices (a certificate for each)")
+    enrolment.add_argument("--enrolment-url", metavar="URL", help="https://host:port, checked against --ca")
+    enrolment.add_argument("--claim-cert", type=Path, metavar="PEM", help="claim certificate of their batch")
+    enrolment.add_argument("--claim-key", type=Path, metavar="PEM", help="key of that certificate")
+    enrolment.add_argument("--enrol-at-once", type=int, default=16, metavar="N", help="so many ask at a time (16)")
+    enrolment.add_argument("--enrolment-report", type=Path, metavar="JSON", help="written when all are enrolled")
     faults = parser.add_argument_group("what goes wrong")
     faults.add_argument("--seed", type=int, default=0, help="of everything below (0)")
     faults.add_argument(
@@ -206,6 +231,7 @@ def _parser() -> argparse.ArgumentParser:
         ("poll", 900.0, "asks without a hint this often, at most"),
         ("retry", 2.0, "asks again after an empty answer, doubled each time up to --poll"),
         ("heartbeat", 0.0, "between heartbeats of real devices; 0 for none"),
+        ("refused", 900.0, "asks again after an enrolment was refused"),
         ("confirm-within", 300.0, "for each try of a new image to reach the gateway"),
         ("answer-within", 15.0, "waits so long for an answer"),
     ):

@@ -7,6 +7,7 @@ import orjson
 
 from agent.client import Broker, Patience
 from agent.device import Timing
+from agent.enrolment import Claim, EnrolmentServer
 from agent.faults import FaultPlan
 from firmware.keys import TrustedKeys
 from models.errors import InvalidInputError
@@ -14,10 +15,26 @@ from models.errors import InvalidInputError
 
 @dataclass(frozen=True, slots=True)
 class FleetDevice:
-    """One device of a fleet: its thing name, and the hardware that releases are matched against."""
+    """One device of a fleet: its thing name, the hardware that releases are matched against, and its serial number.
+
+    A device that enrols is known by the name in its certificate; `device_id` is then the name of its folder.
+    """
 
     device_id: str
     hardware: str
+    serial_number: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class FleetEnrolment:
+    """How the devices of a fleet get their certificates.
+
+    `report_file` is written once all have one: how many, and how many seconds it took.
+    """
+
+    server: EnrolmentServer
+    claim: Claim
+    report_file: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,12 +63,13 @@ class FleetConfig:
     ask_on_connect: bool = True
     ready_file: Path | None = None
     report_file: Path | None = None
+    enrolment: FleetEnrolment | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class DeviceReport:
     """What became of a device. `installs`: slots written. `outcomes`: last reported status by job, "" when the server
-    ended it. `bricked`: nothing can be booted any more."""
+    ended it. `bricked`: nothing can be booted any more. `wiped`: its credentials are gone, by command."""
 
     device_id: str
     version: str
@@ -61,6 +79,7 @@ class DeviceReport:
     installs: int
     outcomes: dict[str, str]
     bricked: bool = False
+    wiped: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +101,7 @@ class FleetReport:
 
 
 def read_devices(path: Path, limit: int | None = None) -> tuple[FleetDevice, ...]:
-    """Devices from JSON lines as `device import` takes them: `device_id` and `device_type` are used.
+    """Devices from JSON lines as `device import` takes them: `device_id`, `device_type` and `serial_number` are used.
 
     Raises InvalidInputError naming the line.
     """
@@ -92,7 +111,8 @@ def read_devices(path: Path, limit: int | None = None) -> tuple[FleetDevice, ...
             continue
         try:
             entry = orjson.loads(line)
-            devices.append(FleetDevice(str(entry["device_id"]), str(entry["device_type"])))
+            serial = str(entry.get("serial_number") or entry["device_id"])
+            devices.append(FleetDevice(str(entry["device_id"]), str(entry["device_type"]), serial))
         except (orjson.JSONDecodeError, KeyError, TypeError) as error:
             raise InvalidInputError(
                 f"{path}:{number}: expected device_id and device_type, found {line[:80]!r}"

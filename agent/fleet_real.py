@@ -7,23 +7,29 @@ import asyncio
 import hashlib
 import random
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any
 
 import httpx
+import orjson
 
 from agent.bootloader import Boot
+from agent.commands import Enrolled
+from agent.credentials import Credentials
 from agent.device import Device, DeviceConfig
 from agent.download import DownloadPolicy
-from agent.errors import BrickedError
+from agent.enrolment import enrol_for_good
+from agent.errors import BrickedError, CredentialError, WipedError
 from agent.faults import Fate, FaultPlan, chance
 from agent.fleet_config import DeviceReport, FleetConfig, FleetDevice
 from agent.image import Behaviour, behaviour_of
 from agent.slots import Slots
 from agent.state import StateStore
 from agent.storage import PosixStorage
+from agent.trust import Trust
 from agent.updater import Identity
 
 
@@ -57,6 +63,9 @@ class RealFleet:
         self._config = config
         self._boots: Counter[str] = Counter()
         self._bricked: set[str] = set()
+        self._wiped: set[str] = set()
+        self._to_enrol = len(config.devices)
+        self._started = time.monotonic()
 
     async def run(self, stop: asyncio.Event, ready: Callable[[], None]) -> None:
         """Bring all devices to life, and end them when `stop` is set."""
@@ -65,14 +74,15 @@ class RealFleet:
         base = config.base.read_bytes()
         limits = httpx.Limits(max_connections=100)
         async with httpx.AsyncClient(timeout=60, limits=limits) as http:
-            devices = [self._device(device, base, http) for device in config.devices]
+            online_events = {entry.device_id: asyncio.Event() for entry in config.devices}
+            storages = {entry.device_id: self._storage(entry, base) for entry in config.devices}
             lives = [
-                asyncio.create_task(self._life(device, entry))
-                for device, entry in zip(devices, config.devices, strict=True)
+                asyncio.create_task(self._life(entry, storages[entry.device_id], http, online_events[entry.device_id]))
+                for entry in config.devices
             ]
             online = [
-                device.online.wait()
-                for device, entry in zip(devices, config.devices, strict=True)
+                online_events[entry.device_id].wait()
+                for entry in config.devices
                 if not config.faults.is_late(entry.device_id)
             ]
             announce = asyncio.create_task(_announce(online, ready))
@@ -104,19 +114,68 @@ class RealFleet:
             installs=record.writes,
             outcomes={job: ended.status for job, ended in StateStore(storage).state.finished.items()},
             bricked=entry.device_id in self._bricked,
+            wiped=entry.device_id in self._wiped,
         )
 
     def _folder(self, entry: FleetDevice) -> Path:
         assert self._config.state_dir is not None
         return self._config.state_dir / entry.device_id
 
-    def _device(self, entry: FleetDevice, base: bytes, http: httpx.AsyncClient) -> Device:
-        config, faults = self._config, self._config.faults
+    def _storage(self, entry: FleetDevice, base: bytes) -> FaultyStorage:
         folder = self._folder(entry)
         folder.mkdir(parents=True, exist_ok=True)
-        storage = FaultyStorage(folder, entry.device_id, faults)
+        storage = FaultyStorage(folder, entry.device_id, self._config.faults)
         if not Slots(storage).made():
-            Slots(storage).make(base, config.base_version)
+            Slots(storage).make(base, self._config.base_version)
+        return storage
+
+    async def _life(
+        self, entry: FleetDevice, storage: FaultyStorage, http: httpx.AsyncClient, online: asyncio.Event
+    ) -> None:
+        faults = self._config.faults
+        if faults.is_late(entry.device_id):
+            await asyncio.sleep(self._config.late_seconds * chance(faults.seed, entry.device_id, "late by"))
+        try:
+            enrolled = await self._enrol(entry, storage)
+            thing = enrolled.credentials.thing_name if enrolled else entry.device_id
+            await self._device(thing, entry, storage, http, enrolled, online).life()
+            self._wiped.add(entry.device_id)
+        except BrickedError as error:
+            self._bricked.add(entry.device_id)
+            print(f"{entry.device_id}: {error}", file=sys.stderr, flush=True)
+        except CredentialError as error:
+            print(f"{entry.device_id}: {error}", file=sys.stderr, flush=True)
+            if not isinstance(error, WipedError):
+                raise
+            self._wiped.add(entry.device_id)
+
+    async def _enrol(self, entry: FleetDevice, storage: FaultyStorage) -> Enrolled | None:
+        """The device's credentials, got where it has none."""
+        enrolment = self._config.enrolment
+        if enrolment is None:
+            return None
+        credentials, trust = Credentials(storage), Trust(self._config.broker.ca, storage)
+        server = enrolment.server.believed_by(trust)
+        await enrol_for_good(credentials, server, enrolment.claim, entry.serial_number)
+        self._to_enrol -= 1
+        if self._to_enrol == 0:
+            seconds = time.monotonic() - self._started
+            print(f"enrolled: {len(self._config.devices)} devices in {seconds:.1f} s", file=sys.stderr, flush=True)
+            if enrolment.report_file is not None:
+                found = {"enrolled": len(self._config.devices), "seconds": round(seconds, 2)}
+                enrolment.report_file.write_bytes(orjson.dumps(found) + b"\n")
+        return Enrolled(credentials, server, entry.serial_number, trust)
+
+    def _device(
+        self,
+        thing: str,
+        entry: FleetDevice,
+        storage: FaultyStorage,
+        http: httpx.AsyncClient,
+        enrolled: Enrolled | None,
+        online: asyncio.Event,
+    ) -> Device:
+        config, faults = self._config, self._config.faults
         slow = config.slow_bytes_per_second if faults.is_slow(entry.device_id) else None
 
         def behave(boot: Boot, image: bytes) -> Behaviour:
@@ -128,24 +187,16 @@ class RealFleet:
             self._boots[entry.device_id] += 1
 
         settings = DeviceConfig(
-            Identity(entry.device_id, entry.hardware, config.keys, config.product),
+            Identity(thing, entry.hardware, config.keys, config.product),
             config.broker,
             config.timing,
             config.patience,
             DownloadPolicy(bytes_per_second=slow),
         )
         rng = random.Random(f"{faults.seed}/{entry.device_id}")
-        return Device(settings, storage, http=http, behave=behave, rng=rng, watch=watch)
-
-    async def _life(self, device: Device, entry: FleetDevice) -> None:
-        faults = self._config.faults
-        if faults.is_late(entry.device_id):
-            await asyncio.sleep(self._config.late_seconds * chance(faults.seed, entry.device_id, "late by"))
-        try:
-            await device.life()
-        except BrickedError as error:
-            self._bricked.add(entry.device_id)
-            print(f"{entry.device_id}: {error}", file=sys.stderr, flush=True)
+        return Device(
+            settings, storage, http=http, behave=behave, rng=rng, watch=watch, enrolled=enrolled, online=online
+        )
 
 
 async def _announce(online: Sequence[Coroutine[Any, Any, bool]], ready: Callable[[], None]) -> None:

@@ -27,6 +27,9 @@ class Storage(Protocol):
     def write(self, name: str, data: bytes) -> None:
         """Create the file, or replace its content in place. Not durable."""
 
+    def write_private(self, name: str, data: bytes) -> None:
+        """The same for a secret: no other user may read it at any moment. Not durable."""
+
     def append(self, name: str, data: bytes) -> None:
         """Add to its end; create it where there is none. Not durable."""
 
@@ -44,6 +47,9 @@ class Storage(Protocol):
 
     def free_bytes(self) -> int:
         """Room left for new data."""
+
+    def path(self, name: str) -> Path:
+        """Where the file lies, for a library that reads files only (TLS)."""
 
 
 def folder_of(name: str) -> str:
@@ -67,6 +73,7 @@ class PosixStorage:
         self._root = root
         for folder in ("slots", "download"):
             (root / folder).mkdir(parents=True, exist_ok=True)
+        (root / "identity").mkdir(mode=0o700, exist_ok=True)
 
     def read(self, name: str) -> bytes | None:
         try:
@@ -82,6 +89,12 @@ class PosixStorage:
 
     def write(self, name: str, data: bytes) -> None:
         (self._root / name).write_bytes(data)
+
+    def write_private(self, name: str, data: bytes) -> None:
+        descriptor = os.open(self._root / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        with open(descriptor, "wb", buffering=0) as file:  # noqa: PTH123
+            os.fchmod(descriptor, 0o600)  # a file that was there keeps its mode otherwise
+            file.write(data)
 
     def append(self, name: str, data: bytes) -> None:
         with (self._root / name).open("ab", buffering=0) as file:
@@ -107,3 +120,6 @@ class PosixStorage:
 
     def free_bytes(self) -> int:
         return shutil.disk_usage(self._root).free
+
+    def path(self, name: str) -> Path:
+        return self._root / name

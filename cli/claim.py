@@ -18,6 +18,7 @@ from models.errors import InvalidInputError, Mistake, NotFoundError, SpecError
 from models.identity import AuthorityKind, ClaimBatchSpec, ClaimBatchView
 from models.ids import SERIAL_NUMBER
 from models.quantities import parse_duration
+from models.settings import Settings
 from pki.authority import Authority, certificate_id, pem_of, read_certificate
 from pki.issue import issue_claim
 from pki.signer import key_store
@@ -85,7 +86,7 @@ async def create(
         expires_at=_expiry(expires, datetime.now(UTC)),
     )
     async with session.database() as db:
-        made = await _create(session, db, spec, listed, out)
+        made = await make_claim(db, session.settings, spec, listed, whoami(), out)
     session.out.result(made, facts(_facts_of(made)))
     session.out.say(
         f"wrote {out / 'claim.key'} (secret), {out / 'claim.pem'} and {out / 'ca.pem'}; a device enrols with them: "
@@ -147,20 +148,21 @@ async def allow(
     session.out.result({"batch": name, "added": added, "given": len(wanted)}, f"{added} of {len(wanted)} are new")
 
 
-async def _create(
-    session: Session, db: Database, spec: ClaimBatchSpec, serials: list[str], out: Path
+async def make_claim(
+    db: Database, settings: Settings, spec: ClaimBatchSpec, serials: list[str], actor: str, out: Path
 ) -> ClaimBatchView:
+    """Make a batch, and write `claim.key`, `claim.pem` and `ca.pem` for its devices into `out`."""
     authorities = AuthorityStore(db)
     view = await authorities.active(AuthorityKind.CLAIM)
     trusted = await authorities.trusted(AuthorityKind.SERVICE)
-    authority = Authority(read_certificate(view.certificate), key_store(session.settings).open(view.key_reference))
+    authority = Authority(read_certificate(view.certificate), key_store(settings).open(view.key_reference))
     key = generate_private_key(SECP256R1())
     claim = issue_claim(authority, key.public_key(), spec.name, datetime.now(UTC), spec.expires_at)
     secret = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
     write_new(out / "claim.key", secret, secret=True)
     try:
         write_new(out / "claim.pem", pem_of(claim).encode())
-        made = await ClaimStore(db).create(spec, serials, pem_of(claim), certificate_id(claim), whoami())
+        made = await ClaimStore(db).create(spec, serials, pem_of(claim), certificate_id(claim), actor)
     except BaseException:
         for name in ("claim.key", "claim.pem"):
             (out / name).unlink(missing_ok=True)

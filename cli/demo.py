@@ -1,6 +1,8 @@
 """`starter.py demo`: the whole of Tidegate in a few minutes, on one machine, with real devices and real bytes.
 
-An embedded stack, a fleet of device agents with slots on disk, and two rollouts. The first release is bad: some devices
+An embedded stack, a fleet of device agents with slots on disk, and two rollouts. The devices are registered beforehand,
+and each enrols with the claim certificate of its batch: it makes its own key, gets its own certificate, connects to the
+broker with it, takes its configuration, and is active. No password is anywhere. The first release is bad: some devices
 crash after booting it, the others never reach the gateway, so all of them fall back by themselves and the gate halts it
 in its canary wave. The second is good and goes through three waves, while a worker is killed on the way.
 
@@ -18,6 +20,7 @@ import time
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +29,10 @@ from rich.console import Console
 from temporalio.client import Client
 
 from activities.artifact_store import ArtifactStore
+from agent.enrolment import Claim
 from agent.slots import Slots
 from agent.storage import PosixStorage
+from cli.claim import make_claim
 from cli.demo_images import demo_images
 from cli.publish import publish_image
 from devstack.stack import EmbeddedStack
@@ -35,7 +40,9 @@ from devstack.state import StateDirectory
 from domain.device_rows import Format
 from firmware.keys import generate_private_key, save_public_key
 from models.artifacts import BuildDeltaInput
+from models.device import DeviceFilter, DeviceStatus
 from models.errors import RefusedError, TidegateError
+from models.identity import ClaimBatchSpec
 from models.ids import rollout_workflow_id, wave_workflow_id
 from models.rollout import Outcome, RolloutResult, StartRolloutInput
 from models.settings import Settings
@@ -55,6 +62,9 @@ BAD_FAULTS = "crash=70%,no-confirm=30%"
 CONFIRM_SECONDS = 4.0
 """How long a device of the demo tries to reach the gateway after booting a new image, before it falls back."""
 READY_SECONDS = 120.0
+BATCH = "motors-1"
+CONFIG = {"heartbeatSeconds": 5}
+"""The devices' first configuration."""
 MARKER = ".tidegate-demo"
 CODE = Path(__file__).parent.parent
 
@@ -99,7 +109,9 @@ class Demo:
         started = time.monotonic()
         await self.publish()
         await self.import_fleet()
-        await self.start_fleet()
+        claim = await self.make_batch()
+        await self.start_fleet(claim)
+        enrolment = await self.enrolled()
         bad = await self.roll(self.bad_spec(), after_start=None)
         await self.until(lambda: self.running_everywhere() == {sha256(self.old)}, "devices back on the old image")
         after_bad = self.running()
@@ -109,6 +121,7 @@ class Demo:
             "seed": self.config.seed,
             "seconds": round(time.monotonic() - started, 1),
             "ui_url": self.stack.endpoints.ui_url,
+            "enrolment": enrolment,
             "images": await self.image_facts(),
             "rollouts": [
                 await self.rollout_summary(bad, after_bad),
@@ -143,7 +156,8 @@ class Demo:
                 {
                     "device_id": f"motor-{number:04d}",
                     "device_type": HARDWARE,
-                    "serial_number": f"SN-{number:06d}",
+                    "serial_number": serial_number(number),
+                    "status": str(DeviceStatus.PROVISIONING),
                     "site_id": ("berlin", "turin", "lyon")[number % 3],
                     "tags": {"environment": "production"},
                     "firmware_version": OLD_VERSION,
@@ -155,29 +169,70 @@ class Demo:
         path.write_bytes(b"\n".join(lines) + b"\n")
         with path.open("rb") as file:
             await Registry(self.db).import_devices(file, str(path), Format.JSON_LINES)
-        self.say(f"imported {self.config.devices} devices in three sites, all on {OLD_VERSION}")
+        self.say(f"registered {self.config.devices} devices in three sites, all on {OLD_VERSION}")
 
-    async def start_fleet(self) -> None:
-        """A process with one real agent per device: its own MQTT session, downloads, slots on disk."""
+    async def make_batch(self) -> Claim:
+        """The batch that the devices were made in: these serial numbers alone may enrol, for an hour."""
+        endpoints, now = self.stack.endpoints, datetime.now(UTC)
+        settings = self.stack.settings.model_copy(
+            update={
+                "ca_dir": Path(str(endpoints.ca_dir)),
+                "ca_passphrase_file": Path(str(endpoints.ca_passphrase_file)),
+            }
+        )
+        spec = ClaimBatchSpec(
+            name=BATCH,
+            device_type=HARDWARE,
+            site_id="berlin",
+            config=CONFIG,
+            listed_only=True,
+            max_devices=self.config.devices,
+            expires_at=now + timedelta(hours=1),
+        )
+        serials = [serial_number(number) for number in range(1, self.config.devices + 1)]
+        folder = self.config.state_dir / "claim"
+        await make_claim(self.db, settings, spec, serials, "demo", folder)
+        self.say(f"made batch {BATCH}: {len(serials)} serial numbers may enrol with its claim certificate, for an hour")
+        return Claim(folder / "claim.pem", folder / "claim.key")
+
+    async def enrolled(self) -> dict[str, Any]:
+        """Wait until every device is active: it has its certificate, its configuration, and was heard of."""
+        started, registry = time.monotonic(), Registry(self.db)
+        report = self.config.state_dir / "enrolment.json"
+        await self.until(report.exists, "the fleet to enrol", READY_SECONDS)
+        found: dict[str, Any] = orjson.loads(report.read_bytes())
+        self.say(f"{found['enrolled']} devices have certificates of their own after {found['seconds']} s")
+        wanted = DeviceFilter(statuses=(DeviceStatus.ACTIVE,))
+
+        async def all_active() -> bool:
+            return await registry.count(wanted) == self.config.devices
+
+        await self.until(all_active, "the devices to become active", READY_SECONDS)
+        found["active_seconds"] = round(time.monotonic() - started, 1)
+        self.say(f"{self.config.devices} devices are active: connected, configured, heard of")
+        return found
+
+    async def start_fleet(self, claim: Claim) -> None:
+        """A process with one real agent per device: its own key, MQTT session, downloads, slots on disk."""
         state, endpoints = self.config.state_dir, self.stack.endpoints
-        base, ready = state / "base.bin", state / "fleet-ready"
+        base = state / "base.bin"
         base.write_bytes(self.old)
-        ready.unlink(missing_ok=True)
         command = [sys.executable, "-m", "agent.fleet", "--devices-file", str(state / "devices.jsonl")]
         command += ["--state", str(state / "fleet"), "--base", str(base), "--base-version", OLD_VERSION]
         command += ["--product", PRODUCT, "--release-key", str(state / "release-key" / "release.pub")]
         command += ["--order-key", str(Path(str(endpoints.order_key)).with_suffix(".pub"))]
-        command += ["--mqtt", f"mqtt://{endpoints.mqtt_host}:{endpoints.mqtt_port}", "--seed", str(self.config.seed)]
+        command += ["--mqtt", f"mqtts://{endpoints.mqtt_host}:{endpoints.mqtt_port}", "--ca", str(endpoints.ca)]
+        command += ["--enrolment-url", str(endpoints.enrolment_url), "--seed", str(self.config.seed)]
+        command += ["--claim-cert", str(claim.certificate), "--claim-key", str(claim.private_key)]
+        command += ["--enrolment-report", str(state / "enrolment.json")]
         command += ["--fault", f"version={BAD_VERSION},{BAD_FAULTS}", "--confirm-within", str(CONFIRM_SECONDS)]
         command += ["--poll", "10", "--retry", "1", "--heartbeat", "5", "--answer-within", "5"]
-        command += ["--ready-file", str(ready), "--report", str(state / "fleet.json")]
+        command += ["--report", str(state / "fleet.json")]
         with (state / "logs" / "fleet.log").open("wb") as log:
             environment = self.stack.env()
             self.fleet = await asyncio.to_thread(
                 subprocess.Popen, command, stdout=log, stderr=log, env=environment, cwd=CODE
             )
-        await self.until(ready.exists, "the fleet to connect", READY_SECONDS)
-        self.say(f"{self.config.devices} device agents are connected")
 
     def bad_spec(self) -> RolloutSpec:
         """Waves of 10 %, 50 % and all, four devices at a time."""
@@ -315,8 +370,9 @@ class Demo:
     def mistakes(self, summary: dict[str, Any]) -> list[str]:
         """What did not go as it should; empty when all is well."""
         bad, good = summary["rollouts"]
-        devices = self.config.devices
+        devices, enrolled = self.config.devices, summary["enrolment"]["enrolled"]
         checks = {
+            f"{enrolled} of {devices} devices have enrolled": enrolled == devices,
             f"the bad release ended {bad['outcome']}, expected halted": bad["outcome"] == Outcome.HALTED,
             f"the bad release reached {bad['exposed']} devices, expected at most 12": bad["exposed"] <= 12,
             f"{bad['active_slots']['old']} of {devices} devices were back on the old image": bad["active_slots"]["old"]
@@ -372,7 +428,9 @@ async def run_demo(config: DemoConfig, console: Console) -> dict[str, Any]:
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, demo_task.cancel)  # stops all of it in good order
     old, new = await asyncio.to_thread(demo_images, config.base, config.image, random.Random(config.seed))
     logs.configure("demo", Settings().model_copy(update={"log_level": "WARNING"}))
-    console.print("starting PostgreSQL, Temporal, the MQTT broker, the artifact server, a worker and a gateway ...")
+    console.print(
+        "starting PostgreSQL, Temporal, a broker with TLS, artifact and enrolment server, worker and gateway ..."
+    )
     settings = Settings().model_copy(update={"state_dir": config.state_dir})
     async with EmbeddedStack(config.state_dir, settings=settings) as stack:
         db = Database(str(stack.endpoints.database_url))
@@ -431,6 +489,12 @@ def progress_line(view: RolloutView) -> str:
 def print_summary(console: Console, summary: dict[str, Any]) -> None:
     """The table at the end."""
     console.print(f"\n[bold]{summary['devices']} devices in {summary['seconds']} s[/bold]", highlight=False)
+    enrolment = summary["enrolment"]
+    console.print(
+        f"{enrolment['enrolled']} devices enrolled with their own keys in {enrolment['seconds']} s, "
+        f"all active after {enrolment['active_seconds']} s",
+        highlight=False,
+    )
     for rollout in summary["rollouts"]:
         slots = ", ".join(f"{count} {which}" for which, count in rollout["active_slots"].items() if count)
         colour = "green" if rollout["outcome"] == Outcome.SUCCEEDED else "red"
@@ -448,6 +512,11 @@ def print_summary(console: Console, summary: dict[str, Any]) -> None:
     console.print(f"Temporal Web UI: {summary['ui_url']}", highlight=False)
     for mistake in summary["mistakes"]:
         console.print(f"[red]not as expected: {mistake}[/red]", highlight=False)
+
+
+def serial_number(number: int) -> str:
+    """Of the demo's device of this number."""
+    return f"SN-{number:06d}"
 
 
 def sha256(data: bytes) -> str:

@@ -32,8 +32,15 @@ def up(
     ] = None,
     worker: Annotated[bool, typer.Option(help="Start a worker.")] = True,
     gateway: Annotated[bool, typer.Option(help="Start a gateway.")] = True,
+    enrolment: Annotated[bool, typer.Option(help="Start an enrolment server.")] = True,
+    open_mqtt: Annotated[
+        bool,
+        typer.Option(
+            "--open-mqtt", help="Also listen on loopback for MQTT clients without identity, as simulated fleets are."
+        ),
+    ] = False,
 ) -> None:
-    """Run PostgreSQL, Temporal, an MQTT broker, the artifact server, a worker and a gateway until Ctrl-C.
+    """Run PostgreSQL, Temporal, an MQTT broker, the artifact server and Tidegate's processes until Ctrl-C.
 
     All state lives in one directory, and a second start resumes where the first stopped. A server whose address is set
     in the environment (TIDEGATE_DATABASE_URL, TIDEGATE_TEMPORAL_ADDRESS, TIDEGATE_MQTT_URL, TIDEGATE_ARTIFACT_URL) is
@@ -47,6 +54,8 @@ def up(
         broker=broker,
         worker=worker,
         gateway=gateway,
+        enrolment=enrolment,
+        open_mqtt=open_mqtt,
         listener=lambda event: _print_event(console, event),
     )
     asyncio.run(_run(stack, console))

@@ -3,6 +3,7 @@
 import asyncio
 import os
 import shutil
+import ssl
 from pathlib import Path
 from typing import Literal
 
@@ -36,15 +37,15 @@ def choose_broker(wanted: BrokerKind | None = None) -> BrokerKind:
     return wanted or ("mosquitto" if mosquitto_binary() else "nats")
 
 
-async def mqtt_answers(port: int) -> bool:
+async def mqtt_answers(port: int, tls: ssl.SSLContext | None = None) -> bool:
     """Whether a broker on this loopback port accepts an MQTT 3.1.1 CONNECT. Raises OSError while nobody listens."""
-    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    reader, writer = await asyncio.open_connection("127.0.0.1", port, ssl=tls)
     try:
         writer.write(_CONNECT)
         answer = await asyncio.wait_for(reader.readexactly(4), 2)
         writer.write(_DISCONNECT)
         await writer.drain()
-    except (asyncio.IncompleteReadError, TimeoutError):
+    except (asyncio.IncompleteReadError, TimeoutError, OSError):
         return False
     finally:
         writer.close()

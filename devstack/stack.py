@@ -20,13 +20,15 @@ from pathlib import Path
 from typing import Any, Self
 from urllib.parse import urlsplit
 
+from access.mosquitto import ACCESS, GATEWAY, WORKER
 from devstack.artifacts import ArtifactServer
 from devstack.broker import BrokerKind, choose_broker
+from devstack.identity import StackIdentity
 from devstack.interface import Piece
 from devstack.mosquitto import Mosquitto
 from devstack.nats import NatsServer
 from devstack.postgres import Postgres
-from devstack.services import Service
+from devstack.services import COMMANDS, EnrolmentService, Service
 from devstack.state import StateDirectory
 from devstack.supervisor import PieceEvent, Supervisor, log
 from devstack.temporal import TemporalServer
@@ -36,12 +38,18 @@ from models.settings import Endpoints, Settings
 from store.engine import Database, migrate
 from workflows.client import connect
 
+CERTIFICATE_OF = {"gateway": GATEWAY, "worker": WORKER, "access": ACCESS}
+"""Which certificate a process connects to the broker with."""
+
 GIVEN_SECONDS = 5.0
 """How long a server whose address was given may take to answer."""
 
 
 class EmbeddedStack:
-    """PostgreSQL, Temporal, a broker, the artifact server, a worker and a gateway, as far as they are not given."""
+    """PostgreSQL, Temporal, a broker, the artifact server and Tidegate's own processes, as far as they are not given.
+
+    With a broker of its own it has certificate authorities, an enrolment server, and (Mosquitto) an access keeper too.
+    """
 
     def __init__(
         self,
@@ -51,6 +59,8 @@ class EmbeddedStack:
         broker: BrokerKind | None = None,
         worker: bool = True,
         gateway: bool = True,
+        enrolment: bool = True,
+        open_mqtt: bool = False,
         environment: dict[str, str] | None = None,
         listener: Callable[[PieceEvent], None] | None = None,
     ) -> None:
@@ -62,6 +72,8 @@ class EmbeddedStack:
             broker: the broker to run; Mosquitto where it is installed when None.
             worker: whether to start a worker.
             gateway: whether to start a gateway.
+            enrolment: whether to start an enrolment server.
+            open_mqtt: whether the broker has a listener on loopback for clients without identity (simulated fleets).
             environment: more variables for worker and gateway.
             listener: is told what happens to the pieces.
         """
@@ -69,10 +81,13 @@ class EmbeddedStack:
         self.settings = settings.model_copy(update={"state_dir": (state_dir or settings.state_dir).absolute()})
         self.endpoints = Endpoints()
         self.broker_kind: BrokerKind | None = None if self.settings.mqtt_url else choose_broker(broker)
-        self._services = [name for name, wanted in (("worker", worker), ("gateway", gateway)) if wanted]
+        self._open_mqtt = open_mqtt
+        self._wanted = {"worker": worker, "gateway": gateway, "enrolment": enrolment and self.broker_kind is not None}
         self._environment = environment or {}
         self._listener = listener
         self._held = ExitStack()
+        self._identity: StackIdentity | None = None
+        self._access: dict[str, str] = {}
 
     async def __aenter__(self) -> Self:
         self.state = StateDirectory(self.settings.state_dir)
@@ -101,7 +116,7 @@ class EmbeddedStack:
         return dict(os.environ) | self._addresses()
 
     def kill(self, name: str) -> None:
-        """SIGKILL to worker, gateway, artifacts, broker, temporal or postgres; it stays down until `start`."""
+        """SIGKILL to worker, gateway, access, enrolment, artifacts, broker, temporal or postgres; down until `start`."""
         self.supervisor.kill(name)
 
     async def stop(self, name: str) -> None:
@@ -109,8 +124,8 @@ class EmbeddedStack:
         await self.supervisor.stop(name)
 
     async def start(self, name: str) -> None:
-        """Start a piece again, or a worker or gateway that was left out; returns when it answers."""
-        if name in ("worker", "gateway") and name not in {piece.name for piece in self.supervisor.pieces}:
+        """Start a piece again, or a process of Tidegate that was left out; returns when it answers."""
+        if name in COMMANDS and name not in {piece.name for piece in self.supervisor.pieces}:
             await self._start(self._service(name))
             self.state.write_endpoints(self.endpoints)
         else:
@@ -127,13 +142,54 @@ class EmbeddedStack:
             log.warning("ended what an earlier run left", pieces=", ".join(ended))
         self.state.remove_endpoints()
         self.endpoints = self._given_endpoints()
+        self._identity = None if self.broker_kind is None else StackIdentity(self.state, self.settings)
         engines = self._engines()
         await self._check_given()
         await self._start(*engines)
         assert self.endpoints.database_url is not None
         await asyncio.to_thread(migrate, self.endpoints.database_url)
-        await self._start(*(self._service(name) for name in self._services))
+        if self._identity is not None:
+            await self._start_broker(self._identity, self.endpoints.database_url)
+        await self._start(*(self._service(name) for name, wanted in self._wanted.items() if wanted))
         self.state.write_endpoints(self.endpoints)
+
+    async def _start_broker(self, identity: StackIdentity, database_url: str) -> None:
+        """CAs first, then the broker, which has to know whom to believe before it listens, then what keeps it so."""
+        broker: Mosquitto | NatsServer
+        if self.broker_kind == "mosquitto":
+            broker_id = self.settings.access_broker_id
+            broker = Mosquitto(self.state, identity, broker_id, open_mqtt=self._open_mqtt)
+        else:
+            broker = NatsServer(self.state, identity, open_mqtt=self._open_mqtt)
+        database = Database(database_url, max_size=2)
+        await database.open()
+        try:
+            await identity.prepare(database)
+            await broker.prepare_access(database)
+        finally:
+            await database.close()
+        await self._start(broker)
+        self.endpoints = self.endpoints.model_copy(update=self._identity_endpoints(identity))
+        self._wanted = {"access": isinstance(broker, Mosquitto)} | self._wanted
+        if isinstance(broker, Mosquitto):
+            self._access = {
+                "TIDEGATE_ACCESS_FOLDER": str(broker.access_folder),
+                "TIDEGATE_ACCESS_PID_FILE": str(broker.pid_file),
+                "TIDEGATE_ACCESS_BROKER_ID": self.settings.access_broker_id,
+            }
+
+    def _identity_endpoints(self, identity: StackIdentity) -> dict[str, Any]:
+        """What devices, and whoever runs a service by hand, need to know."""
+        found: dict[str, Any] = {"ca_dir": str(identity.ca_dir), "ca_passphrase_file": str(identity.ca_passphrase_file)}
+        if (self.endpoints.engine_mqtt_url or "").startswith("mqtts:"):
+            files = identity.files(GATEWAY)
+            found |= {
+                "ca": str(identity.ca),
+                "service_ca": str(identity.ca),
+                "service_certificate": str(files.certificate),
+                "service_private_key": str(files.private_key),
+            }
+        return found
 
     async def _check_given(self) -> None:
         """Whether the servers of others answer, before ours are started. Raises UnavailableError."""
@@ -157,15 +213,23 @@ class EmbeddedStack:
             engines.append(Postgres(self.state))
         if self.settings.temporal_address is None:
             engines.append(TemporalServer(self.state))
-        if self.broker_kind is not None:
-            engines.append(Mosquitto(self.state) if self.broker_kind == "mosquitto" else NatsServer(self.state))
         if self.settings.artifact_url is None:
             assert self.endpoints.artifact_store is not None
             engines.append(ArtifactServer(self.state, self.endpoints.artifact_store))
         return engines
 
     def _service(self, name: str) -> Service:
-        return Service(name, self.state, self.settings, lambda: self._addresses() | self._environment)
+        def environment() -> dict[str, str]:
+            return self._addresses(name) | self._environment
+
+        if name == "enrolment":
+            if self._identity is None:
+                raise InvalidInputError(
+                    "cannot start the enrolment server: the broker is not this stack's, so it has no certificates; run "
+                    "'python -m enrolment' with TIDEGATE_ENROLMENT_CERTIFICATE and TIDEGATE_ENROLMENT_PRIVATE_KEY"
+                )
+            return EnrolmentService(self.state, self.settings, self._identity, environment)
+        return Service(name, self.state, self.settings, environment)
 
     def _given_endpoints(self) -> Endpoints:
         """What the settings say, and what lies in the state directory."""
@@ -192,7 +256,8 @@ class EmbeddedStack:
             save_private_key(path, key)
         return path
 
-    def _addresses(self) -> dict[str, str]:
+    def _addresses(self, service: str = "gateway") -> dict[str, str]:
+        """The variables of one of Tidegate's processes; the keys of the CAs are for the worker alone."""
         values: dict[str, object] = {
             "TIDEGATE_STATE_DIR": self.settings.state_dir,
             "TIDEGATE_DATABASE_URL": self.endpoints.database_url,
@@ -201,10 +266,33 @@ class EmbeddedStack:
             "TIDEGATE_ARTIFACT_URL": self.endpoints.artifact_url,
             "TIDEGATE_ARTIFACT_STORE": self.endpoints.artifact_store,
             "TIDEGATE_ORDER_KEY": self.endpoints.order_key,
-            "TIDEGATE_MQTT_URL": self.settings.mqtt_url
-            or f"mqtt://{self.endpoints.mqtt_host}:{self.endpoints.mqtt_port}",
+            "TIDEGATE_MQTT_URL": self.settings.mqtt_url or self.endpoints.engine_mqtt_url,
+            "TIDEGATE_MQTT_CA": self.settings.mqtt_ca,
+            "TIDEGATE_MQTT_CERTIFICATE": self.settings.mqtt_certificate,
+            "TIDEGATE_MQTT_PRIVATE_KEY": self.settings.mqtt_private_key,
+            "TIDEGATE_ENROLMENT_URL": self.endpoints.enrolment_url,
         }
+        if self._identity is not None:
+            values |= self._identity_variables(self._identity, service)
         return {name: str(value) for name, value in values.items() if value is not None}
+
+    def _identity_variables(self, identity: StackIdentity, service: str) -> dict[str, object]:
+        values: dict[str, object] = {}
+        if self.endpoints.service_certificate:
+            files = identity.files(CERTIFICATE_OF.get(service, GATEWAY))
+            values |= {
+                "TIDEGATE_MQTT_CA": identity.ca,
+                "TIDEGATE_MQTT_CERTIFICATE": files.certificate,
+                "TIDEGATE_MQTT_PRIVATE_KEY": files.private_key,
+            }
+        if service == "worker":
+            values |= {
+                "TIDEGATE_CA_DIR": identity.ca_dir,
+                "TIDEGATE_CA_PASSPHRASE_FILE": identity.ca_passphrase_file,
+            }
+        if service == "access":
+            values |= self._access
+        return values
 
 
 def _mqtt_endpoints(url: str) -> dict[str, Any]:

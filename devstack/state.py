@@ -6,6 +6,8 @@ endpoints.json  where everything answers; present only while everything does
 ports.json      the ports chosen once, used again while they are free
 processes.json  what runs now, by process id and start time, so that a later start can end orphans
 secrets.json    the database's password, for this folder's owner alone
+ca/ ca.passphrase  the keys of the certificate authorities, encrypted, and what opens them
+tls/            certificates of the services (devstack/identity.py)
 keys/ postgres/ temporal/ broker/ store/ logs/
 ```
 """

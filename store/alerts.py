@@ -1,11 +1,16 @@
 """Alerts: what a person has to look at. One row for each rule and subject until it is resolved, however often it recurs."""
 
+from collections.abc import Mapping, Sequence
+from datetime import timedelta
+
 from psycopg import AsyncConnection
 from psycopg.rows import class_row
 
 from models.errors import NotFoundError
 from models.identity import AlertView
 from store.engine import Database
+
+REPEAT = timedelta(hours=1)
 
 _RAISE = """
 INSERT INTO alerts AS a (rule, subject, text, state) VALUES (%s, %s, %s, 'open')
@@ -33,6 +38,34 @@ async def resolve_alert(connection: AsyncConnection, rule: str, subject: str, ac
     )
 
 
+async def settle_alerts(
+    connection: AsyncConnection,
+    rules: Sequence[str],
+    prefix: str,
+    found: Mapping[tuple[str, str], str],
+    *,
+    actor: str,
+) -> None:
+    """Bring the alerts of these rules, on subjects that begin with `prefix`, to what a check has just found.
+
+    Opens what is new, closes what is over, and repeats what lasts once in `REPEAT` only: checks run every few seconds.
+
+    Args:
+        found: the text for each (rule, subject).
+    """
+    cursor = await connection.execute(
+        "SELECT rule, subject, last_at > now() - %s FROM alerts "
+        "WHERE rule = ANY(%s) AND starts_with(subject, %s) AND state <> 'resolved'",
+        (REPEAT, list(rules), prefix),
+    )
+    standing = {(rule, subject): recent for rule, subject, recent in await cursor.fetchall()}
+    for rule, subject in standing.keys() - found.keys():
+        await resolve_alert(connection, rule, subject, actor)
+    for (rule, subject), text in found.items():
+        if not standing.get((rule, subject), False):
+            await raise_alert(connection, rule, subject, text)
+
+
 class AlertStore:
     """Reads alerts, and takes a person's word on them."""
 
@@ -46,7 +79,7 @@ class AlertStore:
             connection.cursor(row_factory=class_row(AlertView)) as cursor,
         ):
             await cursor.execute(
-                f"SELECT {_COLUMNS} FROM alerts WHERE %s OR state <> 'resolved' ORDER BY last_at DESC LIMIT %s".encode(),
+                f"SELECT {_COLUMNS} FROM alerts WHERE %s OR state <> 'resolved' ORDER BY last_at DESC, alert_no DESC LIMIT %s".encode(),
                 (everything, limit),
             )
             return await cursor.fetchall()

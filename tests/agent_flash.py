@@ -7,6 +7,7 @@ survives: of a file's content any of its blocks, of the names of a folder any).
 
 import random
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 from agent.storage import folder_of
@@ -56,6 +57,12 @@ class Flash:
         self._before("write", name)
         self._names.setdefault(name, Inode()).now = data
         self._after()
+
+    def write_private(self, name: str, data: bytes) -> None:
+        self.write(name, data)
+
+    def path(self, name: str) -> Path:
+        return Path(name)
 
     def append(self, name: str, data: bytes) -> None:
         self._before("append", name)

@@ -11,7 +11,7 @@ import random
 import re
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import aiomqtt
@@ -25,6 +25,7 @@ from uvicorn import Config, Server
 
 from agent.client import Broker, JobsClient, Patience
 from agent.errors import RejectedError, UnansweredError
+from firmware.command import COMMAND_PAYLOAD_TYPE, Command, encode_command
 from firmware.delta import make_delta
 from firmware.envelope import EnvelopeSigner
 from firmware.keys import TrustedKeys, generate_private_key
@@ -36,7 +37,7 @@ from firmware.manifest import (
     encode_order,
     encode_release,
 )
-from models.protocol import jobs_topic, parse_request_topic
+from models.protocol import command_topic, config_topic, jobs_topic, parse_request_topic
 
 FINAL = {"SUCCEEDED", "FAILED", "REJECTED", "TIMED_OUT", "CANCELED"}
 
@@ -225,9 +226,17 @@ class DirectClient(JobsClient):
 
 
 class StandInGateway:
-    """The same jobs behind a real broker. `mute`: requests are heard and not answered."""
+    """The same jobs behind a real broker. `mute`: requests are heard and not answered.
+
+    `configs`: the configuration wanted of a thing, `reported`: what it says it runs. `open_commands`: the one that a
+    thing gets when it asks, until it has answered; all answers are in `responses`.
+    """
 
     def __init__(self, jobs: StandInJobs, host: str, port: int) -> None:
+        self.configs: dict[str, dict[str, Any]] = {}
+        self.reported: dict[str, dict[str, Any]] = {}
+        self.open_commands: dict[str, dict[str, Any]] = {}
+        self.responses: list[dict[str, Any]] = []
         self.jobs = jobs
         self.host, self.port = host, port
         self.mute = False
@@ -241,6 +250,10 @@ class StandInGateway:
             await client.subscribe("devices/+/heartbeat")
             await client.subscribe("$aws/things/+/jobs/start-next", qos=1)
             await client.subscribe("$aws/things/+/jobs/+/update", qos=1)
+            for name in ("get", "update"):
+                await client.subscribe(f"$aws/things/+/shadow/name/config/{name}", qos=1)
+            for name in ("get", "response"):
+                await client.subscribe(f"devices/+/commands/{name}", qos=1)
             task = asyncio.create_task(self._serve(client))
             try:
                 yield self
@@ -253,6 +266,49 @@ class StandInGateway:
         assert self._client is not None
         await self._client.publish(jobs_topic(thing, "notify-next"), orjson.dumps({"execution": {}}))
 
+    async def configure(self, thing: str, version: int, config: dict[str, Any]) -> None:
+        """Want a configuration, and say so."""
+        assert self._client is not None
+        self.configs[thing] = {"version": version, "config": config}
+        delta = {"version": version, "state": self.configs[thing], "timestamp": int(time.time())}
+        await self._client.publish(config_topic(thing, "update", "delta"), orjson.dumps(delta))
+
+    async def command(self, thing: str, operation: str, request_id: str, /, **fields: Any) -> dict[str, Any]:
+        """Open a signed command, and hint at it."""
+        assert self._client is not None
+        now = int(time.time())
+        command = Command(thing, request_id, operation, now, now + 900, random.randbytes(16).hex())
+        payload = encode_command(replace(command, **fields))
+        signer = EnvelopeSigner(self.jobs.publisher.order_private, COMMAND_PAYLOAD_TYPE)
+        body = {"requestId": request_id, "operation": operation, "order": signer.sign(payload)}
+        self.open_commands[thing] = body
+        await self._client.publish(command_topic(thing, "notify"), orjson.dumps({"timestamp": now}))
+        return body
+
+    async def _manage(self, client: aiomqtt.Client, topic: str, thing: str, verb: str, body: dict[str, Any]) -> bool:
+        """Configuration and commands. False: it was another request."""
+        now = {"timestamp": int(time.time())}
+        if verb == "config-get":
+            state = {"desired": self.configs.get(thing), "reported": self.reported.get(thing)}
+            state = {name: section for name, section in state.items() if section}
+            kind, answer = ("accepted", {"state": state}) if state else ("rejected", {"code": 404, "message": "none"})
+        elif verb == "config-update":
+            self.reported[thing] = body["state"]["reported"]
+            kind, answer = "accepted", {"state": body["state"]}
+        elif verb == "command-get":
+            await client.publish(command_topic(thing, "request"), orjson.dumps(self.open_commands.get(thing, now)))
+            return True
+        elif verb == "command-response":
+            self.responses.append(body)
+            if body["status"] != "accepted":
+                self.open_commands.pop(thing, None)
+            return True
+        else:
+            return False
+        answer |= now | {"clientToken": body.get("clientToken")}
+        await client.publish(f"{topic}/{kind}", orjson.dumps(answer))
+        return True
+
     async def _serve(self, client: aiomqtt.Client) -> None:
         async for message in client.messages:
             topic = str(message.topic)
@@ -262,6 +318,8 @@ class StandInGateway:
                 continue
             if request.verb == "heartbeat":
                 self.heartbeats.append(body)
+                continue
+            if await self._manage(client, topic, request.thing, request.verb, body):
                 continue
             kind, answer = self.jobs.answer(request.thing, request.job_id, request.verb, body)
             answer |= {"clientToken": body.get("clientToken")}

@@ -397,3 +397,18 @@ async def test_a_claim_authority_is_not_retired_while_batches_use_it(db: Databas
 async def test_there_is_nothing_to_roll_before_there_is_something(db: Database, keys: FileKeyStore) -> None:
     with pytest.raises(NotFoundError, match=r"starter\.py ca init"):
         await announce_authority(db, keys, DEVICE, "alice")
+
+
+async def test_a_certificate_that_is_being_issued_is_counted_before_its_authority_is_retired(
+    db: Database, keys: FileKeyStore
+) -> None:
+    views = await ensure_authorities(db, keys, now(), "alice")
+    store, signer = AuthorityStore(db), CertificateSigner(db, keys)
+    async with db.pool.connection() as connection:
+        await signer.issue_device(connection, "motor-1", 1, new_key().public_key(), "alice")
+        await rolled(db, keys)
+        retiring = asyncio.create_task(store.retire(views[DEVICE].authority_id, "alice"))
+        await asyncio.sleep(0.3)
+        assert not retiring.done()
+    with pytest.raises(RefusedError, match="1 device certificates of it are valid"):
+        await retiring

@@ -85,6 +85,7 @@ async def test_a_worker_waits_for_its_servers_drives_a_wave_ends_in_good_order_a
         "database_url": database_url,
         "mqtt_url": f"mqtt://{broker.host}:{broker.port}",
         "artifact_store": tmp_path.as_uri(),
+        "redis_url": f"redis://127.0.0.1:{free_port()}/0",  # nobody is there, which keeps a worker from nothing
     }
     started.append(WorkerProcess(tmp_path, **settings))
     await started[0].until(rf"cannot connect to Temporal at 127\.0\.0\.1:{port}")
@@ -97,6 +98,7 @@ async def test_a_worker_waits_for_its_servers_drives_a_wave_ends_in_good_order_a
     ):
         ready = await started[0].until(r'"metrics_port": (\d+), "temporal_metrics_port": (\d+).*"event": "ready"')
         await check_metrics(int(ready[1]), int(ready[2]))
+        await started[0].until("the lookup cache is not invalidated|Redis does not answer")
 
         client = await connect(settings["temporal_address"])
         await add_devices(db, 5)

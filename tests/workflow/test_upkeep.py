@@ -14,7 +14,7 @@ from temporalio.client import Schedule, ScheduleOverlapPolicy, ScheduleUpdate, S
 from temporalio.contrib.pydantic import pydantic_data_converter
 from temporalio.exceptions import ApplicationError
 from temporalio.testing import WorkflowEnvironment
-from temporalio.worker import Worker
+from temporalio.worker import Replayer, Worker
 
 from models.errors import NotFoundError
 from models.identity import (
@@ -81,7 +81,10 @@ async def upkeep(servers: SkippingServers, script: ScriptedAuthorities, *, signe
         handle = await client.start_workflow(
             CrlUpkeepWorkflow.run, KeepCrlsInput(), id=f"upkeep:crl-{uuid4().hex[:8]}", task_queue=options.TASK_QUEUE
         )
-        return await asyncio.wait_for(handle.result(), 20)
+        result = await asyncio.wait_for(handle.result(), 20)
+    replayer = Replayer(workflows=[CrlUpkeepWorkflow], workflow_runner=runner(), data_converter=pydantic_data_converter)
+    await replayer.replay_workflow(await handle.fetch_history())
+    return result
 
 
 async def test_a_round_signs_what_is_due_and_then_looks(servers: SkippingServers) -> None:
