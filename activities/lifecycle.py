@@ -65,9 +65,6 @@ class RotationRecords(Protocol):
     async def revert(self, asked: EndRotationInput, /) -> EndedRotation:
         """Revoke the new one."""
 
-    async def forget(self, workflow_id: str, /) -> None:
-        """Wait for nothing any more."""
-
     async def due(
         self, asked: RotateFleetInput, limit: int, after: DueCertificate | None = None, /
     ) -> Sequence[DueCertificate]:

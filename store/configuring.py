@@ -13,6 +13,7 @@ from domain.configurations import DeviceConfig, delta_message
 from domain.standing import why_not_configure
 from models.errors import NotFoundError
 from models.identity import ConfigurationView, DeviceHappening
+from models.ids import configure_workflow_id
 from models.lifecycle import EndConfigurationInput, WantConfigurationInput, WantedConfiguration
 from store.audit import append_audit
 from store.configurations import history, load_configurations, set_desired
@@ -44,10 +45,14 @@ class ConfiguringStore:
     async def difference(self, device_id: str, version: int) -> bytes | None:
         """What the device has not reported, as its shadow's delta; None where it runs the version or a later one.
 
-        Raises RefusedError for a device that is not heard any more.
+        Raises RefusedError for a device that is not heard any more; nothing is waited for then.
         """
         async with self.db.pool.connection() as connection:
-            refuse(why_not_configure(await standing(connection, device_id)))
+            refused = why_not_configure(await standing(connection, device_id))
+            if refused is not None:
+                await forget(connection, configure_workflow_id(device_id))
+        refuse(refused)
+        async with self.db.pool.connection() as connection:
             config = await _load(connection, device_id)
             if await _is_applied(connection, config, version):
                 return None

@@ -13,6 +13,7 @@ from psycopg.rows import class_row
 
 from domain.rotation import HeldCertificate, ending_text, share_left, sort_certificates
 from domain.standing import why_not_rotate
+from models.errors import RefusedError
 from models.identity import DeviceHappening, RevocationReason
 from models.lifecycle import (
     AskForRotationInput,
@@ -113,8 +114,15 @@ class RotationStore:
     async def ask(self, asked: AskForRotationInput) -> RotationSeen:
         """Wait for what is still to come, and open the command where the device is to be asked.
 
-        Raises NotFoundError or RefusedError: the device is not heard any more.
+        Raises NotFoundError or RefusedError: the device is not heard any more, and nothing is waited for.
         """
+        try:
+            return await self._ask(asked)
+        except RefusedError:
+            await self.forget(asked.workflow_id)
+            raise
+
+    async def _ask(self, asked: AskForRotationInput) -> RotationSeen:
         async with self.db.pool.connection() as connection:
             refuse(why_not_rotate(await standing(connection, asked.device_id)))
             seen = await _seen(connection, asked.device_id, asked.old)

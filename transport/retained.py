@@ -16,6 +16,9 @@ QUIET_SECONDS = 1.0
 """Retained messages come within milliseconds of the SUBACK; so long nothing more has come, all have."""
 
 MOST_SECONDS = 10.0
+PASS_SECONDS = 30.0
+"""One pass with its connection; longer than all that it waits for."""
+
 PASSES = 5
 """Each clears what it finds; the last one finds nothing. More than this: somebody keeps writing them."""
 
@@ -34,7 +37,13 @@ class RetainedMessages:
         """
         cleared: set[str] = set()
         for _ in range(PASSES):
-            found = await self._clear_once(filters)
+            try:
+                async with asyncio.timeout(PASS_SECONDS):
+                    found = await self._clear_once(filters)
+            except TimeoutError as error:
+                raise UnavailableError(
+                    f"cannot clear retained messages: not done within {PASS_SECONDS:.0f} s, the broker is slow or away"
+                ) from error
             if not found:
                 return sorted(cleared)
             cleared |= found

@@ -49,7 +49,7 @@ from store.waits import happened
 from tests.chaos.dying_worker import PLAN, death
 from tests.conftest import Broker, free_port
 from tests.identity_setup import make_authorities
-from tests.workflow.conftest import BINARIES
+from tests.workflow.conftest import BINARIES, why_it_hangs
 from workflows.client import connect, register_search_attributes, start_provisioning, start_reissue
 from workflows.lifecycle_client import start_configuration, start_decommission, start_rotation
 

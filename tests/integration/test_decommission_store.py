@@ -2,11 +2,16 @@
 
 import asyncio
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
 import pytest
 
+import store.decommission as store_decommission
+import store.planning as store_planning
+import store.registry as store_registry
 from domain.device_rows import Format
 from domain.standing import why_not_configure, why_not_decommission, why_not_rotate
+from firmware.keys import generate_private_key
 from models.device import DeviceChanges, DeviceRecord, DeviceStatus
 from models.errors import ConflictError, ImportRowError, NotFoundError, RefusedError
 from models.lifecycle import AskToWipeInput, BeginDecommissionInput, EndDecommissionInput, RetireDeviceInput
@@ -28,7 +33,7 @@ from tests.integration.life_setup import (
     rows,
     waits,
 )
-from tests.integration.rollout_setup import add_devices, prepare, recount, specification
+from tests.integration.rollout_setup import add_devices, add_release, prepare, recount, specification
 
 DEVICE, SERIAL, FLOW = "motor-1", "motor/1", "decommission:motor-1"
 RETIRE = RetireDeviceInput(device_id=DEVICE, actor="alice", reason="scrapped")
@@ -89,15 +94,37 @@ async def test_a_rollout_that_is_planned_while_the_device_is_asked_is_left_in_th
     assert await recount(db, fleet.plan.job_no) == []
 
 
-async def test_planning_waits_for_a_retirement_and_then_does_not_choose_the_device(
-    store: DecommissionStore, db: Database
+@pytest.mark.parametrize("mutant", [False, True])
+async def test_a_plan_that_is_being_made_is_waited_for_or_a_rollout_would_hold_a_retired_device(
+    store: DecommissionStore, db: Database, monkeypatch: pytest.MonkeyPatch, mutant: bool
 ) -> None:
-    fleet = await prepare(db, 4, open_waves=0)
-    await fleet.store.withdraw(fleet.plan.job_no, "never mind")
-    spec = specification(name="again", target={"ids": [DEVICE, "motor-2"]})
-    await asyncio.gather(store.retire(RETIRE), RolloutStore(db).plan(PlanRolloutInput(spec=spec)))
-    states = await rows(db, "SELECT state FROM executions WHERE device_id = %s AND state <> 'CANCELED'", DEVICE)
-    assert states in ([], [{"state": "REMOVED"}])
+    await add_devices(db, 3)
+    await add_release(db, generate_private_key())
+    chosen, go_on, insert = asyncio.Event(), asyncio.Event(), store_planning._insert_executions
+
+    async def slowly(*arguments: Any) -> None:
+        chosen.set()
+        await go_on.wait()
+        await insert(*arguments)
+
+    async def not_at_all(*_: Any) -> None:
+        return None
+
+    monkeypatch.setattr(store_planning, "_insert_executions", slowly)
+    if mutant:
+        monkeypatch.setattr(store_decommission, "hold_planning", not_at_all)
+    planning = asyncio.create_task(RolloutStore(db).plan(PlanRolloutInput(spec=specification())))
+    await chosen.wait()
+    retiring = asyncio.create_task(store.retire(RETIRE))
+    await asyncio.wait([retiring], timeout=0.5)
+    assert retiring.done() is mutant
+    go_on.set()
+    plan = await planning
+    await retiring
+    assert (await one(db, "SELECT status FROM devices WHERE device_id = %s", DEVICE))["status"] == "retired"
+    execution = await one(db, "SELECT state FROM executions WHERE device_id = %s", DEVICE)
+    assert execution["state"] == ("PENDING" if mutant else "REMOVED")
+    assert await recount(db, plan.job_no) == []
 
 
 @pytest.mark.parametrize("change", ["status = 'retired'", "barred_at = now()"])
@@ -278,6 +305,20 @@ async def test_an_import_brings_back_nothing_that_was_decommissioned(
     assert (mistake.line, mistake.path) == (3, path)
     assert "was decommissioned at" in mistake.message
     assert await rows(db, "SELECT * FROM devices WHERE device_id = 'pump-1'") == []
+
+
+async def test_without_the_guard_an_import_would_bring_a_decommissioned_device_back(
+    store: DecommissionStore, db: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await add_devices(db, 1)
+    await store.retire(RETIRE)
+
+    async def look_away(*_: Any) -> None:
+        return None
+
+    monkeypatch.setattr(store_registry, "_refuse_buried", look_away)
+    await imported(db, b"motor-1,motor,motor/1,berlin,active")
+    assert (await Registry(db).get(DEVICE)).status is DeviceStatus.ACTIVE
 
 
 @pytest.mark.parametrize("status", [b"retired", b""])

@@ -25,10 +25,12 @@ from temporalio.testing import WorkflowEnvironment
 
 from activities.artifact_store import ArtifactStore
 from activities.artifacts import ArtifactActivities
+from activities.configuration import ConfigurationActivities
 from activities.relay import OutboxRelay
 from activities.rollouts import RolloutActivities
 from domain.gate import judge_answered
 from firmware.keys import generate_private_key
+from models.errors import RefusedError
 from models.identity import (
     ConfigureDeviceInput,
     ConfigureOutcome,
@@ -39,11 +41,12 @@ from models.identity import (
     RotateOutcome,
 )
 from models.ids import configure_workflow_id, rotate_workflow_id
-from models.lifecycle import RotateFleetInput
+from models.lifecycle import HintConfigurationInput, RotateFleetInput
 from models.protocol import command_topic, config_topic, heartbeat_topic, jobs_topic
 from models.rollout import Outcome, StartRolloutInput, Verdict, WaveCounts
 from models.settings import Settings
 from models.spec import GateSpec
+from store.configuring import ConfiguringStore
 from store.deltas import DeltaStore
 from store.engine import Database
 from store.executions import ExecutionStore
@@ -251,6 +254,17 @@ async def test_a_configuration_that_no_device_can_take_is_refused_with_the_reaso
     result = await world.result(await world.configure({"text": "x" * 9000}))
     assert (result.outcome, result.version) == (ConfigureOutcome.REFUSED, 0)
     assert "bytes as JSON, at most 8192" in result.reason
+
+
+async def test_a_device_that_is_barred_meanwhile_is_waited_for_no_longer(world: World, device: str) -> None:
+    activities = ConfigurationActivities(ConfiguringStore(world.db), world.devices)
+    await world.configure({"interval": 5})
+    await world.until(lambda: waits(world.db))
+    async with world.db.pool.connection() as connection:
+        await connection.execute("UPDATE devices SET barred_at = now(), barred_reason = 'cloned'")
+    with pytest.raises(RefusedError, match="nothing that it says is used"):
+        await activities.hint_configuration(HintConfigurationInput(device_id=DEVICE, version=1))
+    assert await waits(world.db) == []
 
 
 async def test_a_limit_that_passes_leaves_it_wanted_and_nothing_waiting(world: World, device: str) -> None:

@@ -106,6 +106,17 @@ async def test_unknown_retired_and_barred_devices_are_refused(store: RotationSto
         await store.ask(asking(("x",)))
 
 
+async def test_a_device_that_is_barred_while_it_is_asked_is_waited_for_no_longer(
+    store: RotationStore, db: Database
+) -> None:
+    first = await add_certificate(db, DEVICE)
+    await store.ask(asking((first,)))
+    await bar_device(db)
+    with pytest.raises(RefusedError):
+        await store.ask(asking((first,)))
+    assert await waits(db) == []
+
+
 # --- asking ----------------------------------------------------------------------------------------------------------
 
 

@@ -60,6 +60,34 @@ def test_the_server_times_out_and_withdraws_only_what_the_table_allows(before: S
     assert S.CANCELED in SERVER_MOVES.get(before, {S.CANCELED}) or before in TERMINAL_STATES
 
 
+@pytest.mark.parametrize("before", list(S))
+def test_what_is_not_over_can_be_removed_and_removal_frees_its_place_and_says_nothing_of_the_release(before: S) -> None:
+    book = ledger(2, state=before)
+    job = book.jobs[1]
+    job.in_flight = 2 if before is S.IN_PROGRESS else 0
+    only(book).started_at = 1.0
+    removed = book.remove(only(book), "decommissioned", 5.0)
+    assert removed is (S.REMOVED in SERVER_MOVES.get(before, frozenset())) is (before not in TERMINAL_STATES)
+    wave = job.waves[1]
+    assert (wave.gate_succeeded, wave.gate_failed, wave.tripped_at) == (0, 0, None)
+    if removed:
+        assert (only(book).state, only(book).finished_at, only(book).deadline_at) == (S.REMOVED, 5.0, None)
+        assert (wave.counts["removed"], wave.counts[COUNTERS[before]]) == (1, 1)
+        assert job.in_flight == (1 if before is S.IN_PROGRESS else 0)
+        assert wave.news
+    assert not book.remove(only(book), "again", 6.0)
+
+
+def test_a_report_of_a_device_that_was_removed_is_refused_and_changes_nothing() -> None:
+    book = ledger(1)
+    assert book.admit(only(book), 2.0, None) is None
+    book.remove(only(book), "decommissioned", 3.0)
+    refusal = book.report(only(book), Report(S.SUCCEEDED, SUCCESS), 4.0)
+    assert refusal is not None
+    assert refusal.code is ErrorCode.TERMINAL_STATE_REACHED
+    assert book.jobs[1].waves[1].counts["succeeded"] == 0
+
+
 @pytest.mark.parametrize(
     ("state", "failure", "started", "effect"),
     [

@@ -180,3 +180,20 @@ def test_waves_cut_every_device_once(total: int, shares: list[Fraction]) -> None
 def test_counts_are_capped_at_the_fleet() -> None:
     assert cut_waves(8, [10, Fraction(1)]) == [8, 0]
     assert cut_waves(60, [Fraction(5, 100), Fraction(25, 100), Fraction(1)]) == [3, 12, 45]
+
+
+def test_devices_that_have_left_the_fleet_are_not_waited_for() -> None:
+    answered = WaveCounts(succeeded=8, removed=2, gate_succeeded=8)
+    assert judge_answered(answered, GateSpec(), Fraction(95, 100)).verdict is Verdict.PROMOTE
+    missing = WaveCounts(succeeded=7, timed_out=1, removed=2, gate_succeeded=7)
+    verdict = judge_answered(missing, GateSpec(), Fraction(95, 100))
+    assert (verdict.verdict, verdict.reason.startswith("hold: 7 of 8 answered")) == (Verdict.HOLD, True)
+    running = WaveCounts(succeeded=7, in_progress=1, removed=2, gate_succeeded=7)
+    assert (
+        judge_running(running, GateSpec(), Fraction(95, 100), outstanding=1, wait_for_all=False).verdict
+        is Verdict.CONTINUE
+    )
+
+
+def test_a_wave_all_of_whose_devices_have_left_the_fleet_is_no_evidence() -> None:
+    assert judge_answered(WaveCounts(removed=3), GateSpec(), Fraction(95, 100)).verdict is Verdict.HOLD
