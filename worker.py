@@ -1,7 +1,8 @@
 """`python worker.py`: runs workflows and activities until SIGTERM; add more of them to scale.
 
 Three task queues: workflows with short activities; dispatch, for activities that last as long as a wave; artifacts, whose
-CPU-bound work runs in processes of its own (activities.delta_builder). All that matters is in PostgreSQL and Temporal: a
+CPU-bound work runs in processes of its own (activities.delta_builder). A fourth where it is given the keys of the
+certificate authorities (TIDEGATE_CA_DIR): signing. All that matters is in PostgreSQL and Temporal: a
 worker may be killed at any moment, and another one goes on within the heartbeat timeout.
 
 It waits for what is not there yet (Temporal, PostgreSQL, the broker), saying so, and registers the search attributes.
@@ -27,6 +28,8 @@ from temporalio.worker import Worker
 
 from activities.artifact_store import ArtifactStore
 from activities.artifacts import ArtifactActivities
+from activities.authorities import AuthorityActivities, AuthorityWatch
+from activities.cache import CacheRelay
 from activities.configuration import ConfigurationActivities
 from activities.decommission import DecommissionActivities
 from activities.enrolment_hook import EnrolmentHook
@@ -40,7 +43,7 @@ from models.errors import InvalidInputError, TidegateError, UnavailableError
 from models.lifecycle import RotateFleetInput
 from models.settings import Settings
 from observe import logs, metrics
-from pki.signer import key_store
+from pki.signer import FileKeyStore, key_store
 from store.configuring import ConfiguringStore
 from store.decommission import DecommissionStore
 from store.deltas import DeltaStore
@@ -51,7 +54,7 @@ from store.rotation import RotationStore
 from transport.publisher import Publisher
 from transport.retained import RetainedMessages
 from workflows import options
-from workflows.client import connect, register_search_attributes
+from workflows.client import connect, ensure_schedules, register_search_attributes
 from workflows.configuration import ConfigurationWorkflow
 from workflows.decommission import DecommissionWorkflow
 from workflows.fleet_rotation import FleetRotationWorkflow
@@ -61,6 +64,7 @@ from workflows.reissue import ReissueCertificateWorkflow
 from workflows.rollout import RolloutWorkflow
 from workflows.rotation import CertificateRotationWorkflow
 from workflows.sandbox import runner
+from workflows.upkeep import CrlUpkeepWorkflow
 from workflows.wave import WaveWorkflow
 
 log = structlog.get_logger("worker")
@@ -84,7 +88,7 @@ BUILDERS = 1
 """Rollouts whose deltas are built at one time: a build takes a core and 17 times the image in memory."""
 
 SIGNERS = 20
-"""Certificates made at one time by one worker: each is a transaction with a signature in it."""
+"""Activities that sign at one time: each has a transaction open while the signer answers."""
 
 DATABASE_CONNECTIONS = 50
 
@@ -166,11 +170,13 @@ def workers(
     client: Client,
     rollouts: RolloutActivities,
     artifacts: ArtifactActivities,
+    watch: AuthorityWatch,
     provisioning: ProvisioningActivities,
-    issuing: IssuingActivities | None,
     lifecycle: Lifecycle,
+    authorities: AuthorityActivities | None = None,
+    issuing: IssuingActivities | None = None,
 ) -> list[Worker]:
-    """One worker per task queue; that of the CA only where its key is."""
+    """One worker per task queue; that of the CA only where there are keys."""
     common: dict[str, Any] = {
         "identity": f"{socket.gethostname()}/{os.getpid()}",
         "graceful_shutdown_timeout": GRACE,
@@ -183,6 +189,7 @@ def workers(
             WaveWorkflow,
             ProvisioningWorkflow,
             ReissueCertificateWorkflow,
+            CrlUpkeepWorkflow,
             *LIFECYCLE_WORKFLOWS,
         ],
         activities=[
@@ -192,6 +199,7 @@ def workers(
             rollouts.check_promotable,
             rollouts.set_job_status,
             rollouts.adjust_pace,
+            watch.check_authorities,
             provisioning.check_enrolment,
             provisioning.refuse_enrolment,
             provisioning.mark_configured,
@@ -219,24 +227,16 @@ def workers(
         max_concurrent_activities=BUILDERS,
         **common,
     )
-    if issuing is None:
+    if authorities is None or issuing is None:
         return [light, dispatch, cpu]
-    ca = Worker(
+    signing = Worker(
         client,
         task_queue=options.CA_QUEUE,
-        activities=[issuing.issue_certificate, issuing.reissue_certificate],
+        activities=[authorities.publish_crls, issuing.issue_certificate, issuing.reissue_certificate],
         max_concurrent_activities=SIGNERS,
         **common,
     )
-    return [light, dispatch, cpu, ca]
-
-
-def _issuing(settings: Settings, db: Database) -> IssuingActivities | None:
-    """What signs certificates; None in a worker that has no CA's key."""
-    if settings.ca_dir is None:
-        return None
-    signer = CertificateSigner(db, key_store(settings), days=settings.certificate_days)
-    return IssuingActivities(ProvisioningStore(db), signer)
+    return [light, dispatch, cpu, signing]
 
 
 def _runtime(settings: Settings) -> tuple[Runtime, int]:
@@ -265,14 +265,25 @@ async def _register(client: Client) -> None:
             log.info("registered search attributes", names=", ".join(added))
 
 
-async def _schedule(client: Client, settings: Settings) -> None:
-    """The hourly sweep for certificates that are due, where the server lets us make it."""
+def _keys(settings: Settings) -> FileKeyStore | None:
+    """The keys of the authorities, where this worker is given them. Raises where it is given half of what that takes."""
+    return key_store(settings) if settings.ca_dir is not None else None
+
+
+async def _schedule(client: Client, settings: Settings, *, signs: bool) -> None:
+    """Upkeep by the clock; revocation lists where this worker signs, because without a CA there is nothing to keep."""
     sweep = RotateFleetInput(overlap=timedelta(hours=settings.rotation_overlap_hours))
     try:
-        if await ensure_rotation_schedule(client, sweep):
-            log.info("made the schedule of rotation", schedule=ROTATION_SCHEDULE)
+        made = [ROTATION_SCHEDULE] if await ensure_rotation_schedule(client, sweep) else []
+        if signs:
+            made += await ensure_schedules(client, timedelta(hours=settings.crl_hours))
     except RPCError as error:
-        log.warning("cannot make the schedule of rotation; certificates end unless somebody does", reason=str(error))
+        log.warning(
+            "cannot make schedules; lists are signed on revocations alone, no rotation starts", reason=str(error)
+        )
+    else:
+        if made:
+            log.info("made schedules", names=", ".join(made))
 
 
 async def serve(settings: Settings) -> None:
@@ -282,6 +293,7 @@ async def serve(settings: Settings) -> None:
             "the worker needs TIDEGATE_DATABASE_URL, TIDEGATE_TEMPORAL_ADDRESS, TIDEGATE_MQTT_URL and "
             "TIDEGATE_ARTIFACT_STORE, or the state directory of a running 'starter.py up'"
         )
+    keys = _keys(settings)
     stop, loop = asyncio.Event(), asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
@@ -293,20 +305,29 @@ async def serve(settings: Settings) -> None:
     publisher = await _patiently("the MQTT broker", lambda: Publisher.connect(settings), stop)
     if client and db and publisher:
         await _register(client)
-        store = RolloutStore(db)
+        store, authorities, issuing = RolloutStore(db), None, None
+        if keys is not None:
+            authorities = AuthorityActivities(db, keys, timedelta(hours=settings.crl_hours))
+            signer = CertificateSigner(db, keys, days=settings.certificate_days)
+            issuing = IssuingActivities(ProvisioningStore(db), signer)
         running = workers(
             client,
             RolloutActivities(store, publisher),
             ArtifactActivities(ArtifactStore.of(settings), DeltaStore(db), store),
+            AuthorityWatch(db),
             ProvisioningActivities(ProvisioningStore(db), EnrolmentHook(settings.enrolment_hook_url)),
-            _issuing(settings, db),
             Lifecycle.of(db, client, publisher, settings),
+            authorities,
+            issuing,
         )
-        await _schedule(client, settings)
+        await _schedule(client, settings, signs=keys is not None)
+        cache = CacheRelay(db.url, settings.redis_url) if settings.redis_url else None
         async with asyncio.TaskGroup() as group:
             for worker in running:
                 group.create_task(worker.run())
             group.create_task(OutboxRelay(db, client, options.DEVICE_EVENT).run(stop))
+            if cache is not None:
+                group.create_task(cache.run(stop))
             metrics.mark_ready("worker")
             log.info(
                 "ready",

@@ -158,7 +158,7 @@ class AccessKeeper:
 
     @property
     def _client_id(self) -> str:
-        return f"{ACCESS}.{self.broker_id}"
+        return f"engine@access-{self.broker_id}"
 
     # --- what PostgreSQL is told -------------------------------------------------------------------------------------
 

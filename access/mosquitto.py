@@ -25,6 +25,8 @@ from models.protocol import THINGS
 GATEWAY, WORKER, ACCESS = "engine.gateway", "engine.worker", "engine.access"
 """Common names of the services that connect to the engine's listener."""
 
+CLIENT_NAMES = (GATEWAY, WORKER, ACCESS)
+
 CANARY_PREFIX = "tidegate/access"
 """Topics under it tell the access keeper which files the broker has read."""
 

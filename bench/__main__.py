@@ -1,9 +1,10 @@
-"""`python -m bench`: measured rollouts on this machine.
+"""`python -m bench`: measured rollouts and lookups on this machine.
 
-    python -m bench rollout --devices 2000 --json figures.json     one of them
-    python -m bench all --folder bench-results                     500, 2,000 and 10,000 devices
+    python -m bench rollout --devices 2000 --json figures.json     one rollout
+    python -m bench lookups --json figures.json                    looking devices up, with and without Redis
+    python -m bench all --folder bench-results                     500, 2,000 and 10,000 devices, and the lookups
 
-Exit status 1: a rollout did not succeed or a count was wrong. A target of speed that is missed is reported, not failed:
+Exit status 1: a rollout did not succeed, a count or an answer was wrong. A target of speed that is missed is reported, not failed:
 it depends on the machine.
 """
 
@@ -11,18 +12,23 @@ import argparse
 import asyncio
 import os
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import orjson
+import uvloop
 from rich.console import Console
 
+from bench import lookups
 from bench.report import complete, show
 from bench.rollout import IN_FLIGHT, BenchConfig, run
 from models.errors import TidegateError
 from models.settings import Settings
 from observe import logs
 
+Part = Callable[[argparse.Namespace, Console], bool]
+"""Measures, shows and saves; whether everything was right."""
 SIZES = (500, 2_000, 10_000)
 
 
@@ -31,6 +37,22 @@ def main() -> int:
     options = _parser().parse_args()
     logs.configure("bench", Settings().model_copy(update={"log_level": "WARNING"}))
     console = Console()
+    parts: dict[str, Sequence[Part]] = {
+        "rollout": [_rollouts],
+        "lookups": [_lookups],
+        "all": [_rollouts, _lookups],
+    }
+    try:
+        right = [part(options, console) for part in parts[options.command]]
+    except TidegateError as error:
+        print(f"bench: {error}", file=sys.stderr)
+        return 1
+    except (KeyboardInterrupt, asyncio.CancelledError):
+        return 130
+    return 0 if all(right) else 1
+
+
+def _rollouts(options: argparse.Namespace, console: Console) -> bool:
     sizes = SIZES if options.command == "all" else (options.devices,)
     runs = []
     for devices in sizes:
@@ -38,17 +60,19 @@ def main() -> int:
         config = BenchConfig(
             devices, options.failures, options.seed, options.broker, options.connections, options.in_flight
         )
-        try:
-            figures = complete(asyncio.run(run(config)))
-        except TidegateError as error:
-            print(f"bench: {error}", file=sys.stderr)
-            return 1
-        except (KeyboardInterrupt, asyncio.CancelledError):
-            return 130
-        runs.append(figures)
-        _save(options, devices, figures)
+        runs.append(complete(asyncio.run(run(config))))
+        _save(options, f"rollout-{devices}", runs[-1])
     show(console, runs)
-    return 0 if all(map(is_right, runs)) else 1
+    return all(map(is_right, runs))
+
+
+def _lookups(options: argparse.Namespace, console: Console) -> bool:
+    console.print("lookups ...")
+    config = lookups.LookupsConfig() if options.command == "all" else lookups.LookupsConfig.of(options)
+    figures = uvloop.run(lookups.run(config))
+    _save(options, "lookups", figures)
+    lookups.show(console, figures)
+    return bool(figures["wrong_answers"] == 0)
 
 
 def is_right(figures: dict[str, Any]) -> bool:
@@ -63,27 +87,34 @@ def is_right(figures: dict[str, Any]) -> bool:
     )
 
 
-def _save(options: argparse.Namespace, devices: int, figures: dict[str, Any]) -> None:
-    path = options.folder / f"rollout-{devices}.json" if options.command == "all" else options.json
+def _save(options: argparse.Namespace, name: str, figures: dict[str, Any]) -> None:
+    path = options.folder / f"{name}.json" if options.command == "all" else options.json
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(orjson.dumps(figures, option=orjson.OPT_INDENT_2) + b"\n")
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m bench", description="Measured rollouts of simulated devices.")
+    parser = argparse.ArgumentParser(
+        prog="python -m bench", description="Measured rollouts of simulated devices, and lookups."
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     one = commands.add_parser("rollout", help="one rollout", description="One rollout in three waves.")
     one.add_argument("--devices", type=int, required=True, metavar="N", help="size of the fleet")
     one.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
+    look = commands.add_parser(
+        "lookups", help="devices looked up", description="Looking devices up, with and without Redis."
+    )
+    look.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
+    lookups.LookupsConfig.add_arguments(look)
     sizes = ", ".join(f"{size:,}" for size in SIZES)
-    every = commands.add_parser("all", help="all sizes", description=f"Rollouts of {sizes} devices.")
+    every = commands.add_parser("all", help="all of it", description=f"Rollouts of {sizes} devices, and the lookups.")
     every.add_argument(
         "--folder",
         type=Path,
         default=Path("bench-results"),
         metavar="DIR",
-        help="write a file per rollout there (%(default)s)",
+        help="write a file for each there (%(default)s)",
     )
     for command in (one, every):
         command.add_argument(

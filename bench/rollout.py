@@ -152,7 +152,7 @@ class Bench:
         command += ["--base-version", BASE_VERSION, "--base-sha256", _sha256(self.images[BASE_VERSION])]
         command += ["--release-key", str(self.folder / "release.pub")]
         command += ["--order-key", str(Path(str(endpoints.order_key)).with_suffix(".pub"))]
-        command += ["--mqtt", f"mqtt://{endpoints.mqtt_host}:{endpoints.mqtt_port}"]
+        command += ["--mqtt", str(endpoints.open_mqtt_url)]
         command += ["--seed", str(self.config.seed), "--fault", faults]
         command += ["--ready-file", str(ready), "--report", str(self._report_file(kind))]
         if self.config.connections is not None:
@@ -296,7 +296,7 @@ async def run(config: BenchConfig) -> dict[str, Any]:
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
     with tempfile.TemporaryDirectory(prefix="tidegate-bench-") as name:
         folder = Path(name)
-        async with EmbeddedStack(folder / "state", settings=Settings(), broker=config.broker) as stack:
+        async with EmbeddedStack(folder / "state", settings=Settings(), broker=config.broker, open_mqtt=True) as stack:
             db = Database(str(stack.endpoints.database_url))
             await db.open()
             client = await connect(str(stack.endpoints.temporal_address), stack.settings.temporal_namespace)

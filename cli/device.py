@@ -1,4 +1,4 @@
-"""`device import | list | show | enroll`: the registry, and a device played by hand."""
+"""`device import | list | show | lookup | enroll`: the registry, and a device played by hand."""
 
 import asyncio
 import re
@@ -15,15 +15,18 @@ from cli.command import Session, command
 from cli.output import ago, facts, printable, table
 from domain.device_rows import MAX_LINE_BYTES, Format, format_of
 from domain.mistakes import faults_of, path_of
-from models.device import DeviceFilter, DeviceRecord, DeviceStatus
+from models.device import DeviceFacts, DeviceFilter, DeviceStatus
 from models.errors import InvalidInputError, Mistake, NotFoundError, SpecError
 from models.quantities import parse_duration
 from store.registry import Registry
 
 app = typer.Typer(
-    help="Devices: import, list, show, enrol one by hand, configure, rotate, decommission.", no_args_is_help=True
+    help="Devices: import, list, show, look up, enrol one by hand, configure, rotate, decommission.",
+    no_args_is_help=True,
 )
 
+LOOKUP_SECONDS = 1.0
+"""For Redis: a command looks up once, over a connection that it has yet to make."""
 _TAG = re.compile(r"\s*([^<>=!]+?)\s*(<=|>=|!=|=|<|>)\s*(.*)", re.DOTALL)
 
 
@@ -120,6 +123,31 @@ async def show_device(
         registry = Registry(db)
         device = await (registry.get(device_id) if device_id is not None else registry.get_by_serial(serial or ""))
     session.out.result(device, facts(_facts_of(device)))
+
+
+@command(app, "lookup")
+async def look_up_device(
+    session: Session,
+    device_id: Annotated[str | None, typer.Argument(help="Device id.")] = None,
+    serial: Annotated[str | None, typer.Option(help="Find it by its serial number instead.")] = None,
+) -> None:
+    """Look a device up as programs do: in Redis where TIDEGATE_REDIS_URL is set and a worker keeps it right.
+
+    Says where the answer came from (source: redis or postgresql) and why. It has no heartbeat, which is never cached, and
+    may be two seconds old; 'device show' asks the registry itself.
+    """
+    from store.lookup import DeviceLookup  # the client of Redis takes a while to import
+
+    if (device_id is None) == (serial is None):
+        raise InvalidInputError("cannot look a device up: expected either a device id or --serial")
+    async with session.database() as db:
+        lookup = DeviceLookup(db, session.settings.redis_url, timeout_seconds=LOOKUP_SECONDS)
+        try:
+            found = await (lookup.get(device_id) if device_id is not None else lookup.get_by_serial(serial or ""))
+        finally:
+            await lookup.close()
+    shown = [*_facts_of(found.device), ("source", f"{found.source}: {found.why}")]
+    session.out.result(found, facts(shown))
 
 
 @command(app, "enroll")
@@ -223,8 +251,8 @@ def tag_of(written: str) -> tuple[str, str]:
     return key, value if operator == "=" else operator + value
 
 
-def _facts_of(device: DeviceRecord) -> Iterator[tuple[str, object]]:
-    for name in DeviceRecord.model_fields:
+def _facts_of(device: DeviceFacts) -> Iterator[tuple[str, object]]:
+    for name in type(device).model_fields:
         value = getattr(device, name)
         if isinstance(value, dict):
             for key, inner in value.items():

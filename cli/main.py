@@ -9,7 +9,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from cli import claim, enrolment, lifecycle, release, rollout, rotation
+from cli import alert, audit, broker, ca, claim, enrolment, lifecycle, release, rollout, rotation
 from cli.command import DebugOption, JsonOption, Session, Shared, StateOption, command, guarded
 from cli.output import EXIT_HELP, ExitStatus
 from cli.up import up
@@ -73,12 +73,16 @@ async def migrate_database(session: Session) -> None:
     session.out.result({"migrated": True}, "the database has the schema of this version")
 
 
+app.add_typer(ca.app, name="ca")
 app.add_typer(lifecycle.app, name="device")
+app.add_typer(broker.app, name="broker")
 app.add_typer(claim.app, name="claim")
 app.add_typer(enrolment.app, name="enrolment")
 app.add_typer(release.app, name="release")
 app.add_typer(rollout.app, name="rollout")
 app.add_typer(rotation.app, name="rotation")
+app.add_typer(alert.app, name="alert")
+command(app, "audit")(audit.show_audit)
 
 
 def main() -> NoReturn:

@@ -31,7 +31,7 @@ from cryptography.hazmat.primitives.serialization import (
     load_pem_private_key,
 )
 
-from access.mosquitto import ACCESS, GATEWAY, WORKER
+from access.mosquitto import ACCESS, CLIENT_NAMES
 from activities.authorities import ensure_authorities
 from devstack.state import StateDirectory, write_atomically
 from models.identity import AuthorityKind, AuthorityView
@@ -46,7 +46,6 @@ SERVICE_DAYS = 397
 """What browsers and their like accept at most of a server's certificate."""
 RENEW_BEFORE = timedelta(days=30)
 ACTOR = "starter.py up"
-CLIENTS = (GATEWAY, WORKER, ACCESS)
 BROKER, ENROLMENT = "broker", "enrolment"
 HOSTS = ("localhost", "127.0.0.1", "::1")
 
@@ -107,7 +106,7 @@ class StackIdentity:
         certificate = read_certificate(view.certificate)
         authority = Authority(certificate, keys.open(view.key_reference))
         write_atomically(self.ca, "".join(one.certificate.strip() + "\n" for one in trusted), 0o644)
-        for name in CLIENTS:
+        for name in CLIENT_NAMES:
             self._issue(authority, name, (), now)
         for name, hosts in self._hosts.items():
             self._issue(authority, name, hosts, now)
@@ -116,13 +115,22 @@ class StackIdentity:
         files = self.files(name)
         if _still_good(files, authority.certificate, hosts, now):
             return
-        key = generate_private_key(SECP256R1())
-        certificate = issue_service(
-            authority, key.public_key(), name, hosts, now, SERVICE_DAYS, server=bool(hosts), client=not hosts
-        )
-        pem = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()).decode()
-        write_atomically(files.private_key, pem)
-        write_atomically(files.certificate, pem_of(certificate), 0o644)
+        issue_files(authority, self._folder, name, hosts, now, SERVICE_DAYS)
+
+
+def issue_files(
+    authority: Authority, folder: Path, name: str, hosts: Sequence[str], now: datetime, days: int
+) -> ServiceFiles:
+    """A new key and certificate in `<folder>/<name>.pem` and `.key`: a server's where it has hosts, else a client's."""
+    key = generate_private_key(SECP256R1())
+    certificate = issue_service(
+        authority, key.public_key(), name, hosts, now, days, server=bool(hosts), client=not hosts
+    )
+    files = ServiceFiles(folder / f"{name}.pem", folder / f"{name}.key")
+    pem = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()).decode()
+    write_atomically(files.private_key, pem)
+    write_atomically(files.certificate, pem_of(certificate), 0o644)
+    return files
 
 
 def _still_good(files: ServiceFiles, issuer: x509.Certificate, hosts: Sequence[str], now: datetime) -> bool:

@@ -13,7 +13,6 @@ still runs of it is ended first, and what it was doing goes on.
 """
 
 import asyncio
-import importlib.util
 import os
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -83,7 +82,7 @@ class EmbeddedStack:
         self.endpoints = Endpoints()
         self.broker_kind: BrokerKind | None = None if self.settings.mqtt_url else choose_broker(broker)
         self._open_mqtt = open_mqtt
-        self._wanted = {"worker": worker, "gateway": gateway, "enrolment": enrolment and _has_enrolment()}
+        self._wanted = {"worker": worker, "gateway": gateway, "enrolment": enrolment and self.broker_kind is not None}
         self._environment = environment or {}
         self._listener = listener
         self._held = ExitStack()
@@ -294,11 +293,6 @@ class EmbeddedStack:
         if service == "access":
             values |= self._access
         return values
-
-
-def _has_enrolment() -> bool:
-    """Whether this version of Tidegate has an enrolment server."""
-    return importlib.util.find_spec("enrolment.__main__") is not None
 
 
 def _mqtt_endpoints(url: str) -> dict[str, Any]:

@@ -23,11 +23,12 @@ SHARED_OPTIONS = ("state", "json", "debug")
 PROGRAMS = {
     "python worker.py": ("worker", "_parser"),
     "python -m gateway": ("gateway.__main__", "_parser"),
+    "python -m access": ("access.__main__", "_parser"),
     "python -m agent": ("agent.__main__", "_parser"),
     "python -m agent.fleet": ("agent.fleet", "_parser"),
     "python -m bench": ("bench.__main__", "_parser"),
 }
-WITH_METRICS = ("observe.metrics", "gateway.service", "worker", "devstack.artifacts")
+WITH_METRICS = ("observe.metrics", "gateway.service", "access.keeper", "worker", "devstack.artifacts")
 INTRODUCTION = """\
 # Reference
 

@@ -28,8 +28,9 @@ from transport.connection import Connection
 log = structlog.get_logger("gateway")
 
 ACTIVE_LOCK = 7311461
-CLIENT_ID = "engine.gateway"
-"""The dot keeps it apart from every device: a device's client id is its thing name, and none has one."""
+CLIENT_ID = "engine@gateway"
+"""The @ keeps it apart from every device: a device's client id is its thing name, and none has one. (nats-server refuses
+a dot in a client id.)"""
 STANDBY_POLL_SECONDS = 0.5
 LOCK_CHECK_SECONDS = 2.0
 

@@ -26,8 +26,12 @@ class DeviceStatus(StrEnum):
     RETIRED = "retired"
 
 
-class DeviceRecord(BaseModel):
-    """One device as it is imported and shown. Times are UTC."""
+class DeviceFacts(BaseModel):
+    """What the registry knows of one device and the lookup cache holds (store/lookup.py). Times are UTC.
+
+    Each field is a column of `devices`. Not among them: presence, which changes with each heartbeat, and whether the
+    device is barred, which nobody is to decide by what a cache says.
+    """
 
     model_config = ConfigDict(extra="forbid")
 
@@ -47,11 +51,16 @@ class DeviceRecord(BaseModel):
     created_at: datetime | None = None
     updated_at: datetime | None = None
     retired_at: datetime | None = None
+    desired_config_version: int = Field(default=0, ge=0)
+    config_reported_at: datetime | None = None
+
+
+class DeviceRecord(DeviceFacts):
+    """One device as it is imported and shown: the facts, when it was last heard, and whether it may speak."""
+
     last_heartbeat: datetime | None = None
     uptime: int | None = Field(default=None, ge=0, le=2**63 - 1)
-    desired_config_version: int = Field(default=0, ge=0)
     config_state: str | None = None
-    config_reported_at: datetime | None = None
     barred_at: datetime | None = None
     barred_reason: str | None = None
 

@@ -331,6 +331,57 @@ class DecommissionDeviceResult(_Frozen):
     reason: str
 
 
+# --- upkeep of revocation lists ----------------------------------------------------------------------------------------
+
+
+class PublishCrlsInput(_Frozen):
+    """Sign the revocation lists that are due, or with `force` all of them."""
+
+    force: bool = False
+    actor: str = "upkeep"
+
+
+class PublishedCrlFacts(_Frozen):
+    """A list that was signed just now, and why."""
+
+    authority_id: str
+    name: str
+    number: int
+    revoked: int
+    next_update: datetime
+    reason: str
+
+
+class PublishCrlsResult(_Frozen):
+    """`standing`: lists that were good as they are. `failed`: authorities for which no repetition will sign one."""
+
+    signed: tuple[PublishedCrlFacts, ...] = ()
+    standing: int = 0
+    failed: tuple[str, ...] = ()
+
+
+class CheckAuthoritiesInput(_Frozen):
+    """Look whether lists are being renewed and authorities last; alerts say where not."""
+
+
+class CheckAuthoritiesResult(_Frozen):
+    """The texts of the alerts that stand."""
+
+    alerts: tuple[str, ...] = ()
+
+
+class KeepCrlsInput(_Frozen):
+    """One round of upkeep (`upkeep:crl`)."""
+
+
+class KeepCrlsResult(_Frozen):
+    """What was signed, what is wrong; `reason` for a person."""
+
+    reason: str
+    signed: tuple[PublishedCrlFacts, ...] = ()
+    alerts: tuple[str, ...] = ()
+
+
 # --- what is shown ---------------------------------------------------------------------------------------------------
 
 

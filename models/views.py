@@ -145,3 +145,14 @@ class DevicePage(_Frozen):
 
     total: int
     devices: tuple[DeviceRecord, ...] = ()
+
+
+class BrokerView(BaseModel):
+    """A broker, and the revision of access that it enforces. `error`: what keeps it from the newest."""
+
+    broker_id: str
+    applied_revision: int
+    applied_at: datetime | None = None
+    crl_next_update: datetime | None = None
+    seen_at: datetime
+    error: str | None = None

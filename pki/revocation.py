@@ -47,6 +47,25 @@ class CrlFacts:
         return self.this_update + (self.next_update - self.this_update) / 2
 
 
+def why_due(newest: CrlFacts | None, revoked: frozenset[str], now: datetime, lifetime: timedelta) -> str | None:
+    """Why a new list has to be signed; None where the newest one is good.
+
+    Args:
+        newest: the newest list as `verify_crl` passed it; None where there is none that holds.
+        revoked: what a new list would name. What the newest one names beyond that has ended by itself, and is no reason.
+    """
+    if newest is None:
+        return "there is no list that holds"
+    missing = len(revoked - newest.serials)
+    if missing:
+        return f"{missing} certificate{'s' if missing > 1 else ''} revoked since list {newest.number}"
+    if now >= newest.this_update + lifetime / 4:
+        return f"a quarter of the life of list {newest.number} is over"
+    if newest.next_update - now > lifetime:
+        return f"list {newest.number} lives longer than {lifetime}"
+    return None
+
+
 def sign_crl(
     authority: Authority, number: int, revoked: Sequence[Revoked], now: datetime, lifetime: timedelta
 ) -> bytes:

@@ -79,7 +79,7 @@ class AlertStore:
             connection.cursor(row_factory=class_row(AlertView)) as cursor,
         ):
             await cursor.execute(
-                f"SELECT {_COLUMNS} FROM alerts WHERE %s OR state <> 'resolved' ORDER BY last_at DESC LIMIT %s".encode(),
+                f"SELECT {_COLUMNS} FROM alerts WHERE %s OR state <> 'resolved' ORDER BY last_at DESC, alert_no DESC LIMIT %s".encode(),
                 (everything, limit),
             )
             return await cursor.fetchall()

@@ -22,7 +22,7 @@ from pki.authority import certificate_id, pem_of
 from pki.revocation import CrlFacts, Revoked
 from store.access import CHANNEL, change_access
 from store.audit import append_audit
-from store.engine import Database
+from store.engine import Database, fetch_one
 
 CRLS_KEPT = 10
 """Of each CA. Only the newest is used; the others are for whoever asks what was published."""
@@ -192,6 +192,32 @@ class AuthorityStore:
             )
             await _note(connection, actor, "authority.retired", view, reason, certificates_revoked=ended)
             return await _named(connection, view.authority_id), ended
+
+    async def announced(self, kind: AuthorityKind) -> AuthorityView | None:
+        """The successor that is believed and does not issue yet, where there is one; the newest."""
+        async with self._db.pool.connection() as connection:
+            found = await _find(
+                connection,
+                "WHERE a.kind = %s AND a.state = 'trusted' AND a.created_at > (SELECT created_at FROM authorities "
+                "WHERE kind = %s AND state = 'active')",
+                (kind, kind),
+            )
+            return found[0] if found else None
+
+    async def brokers_behind(self, revision: int) -> list[str]:
+        """Brokers that were seen lately and enforce less than this revision of access."""
+        async with self._db.pool.connection() as connection:
+            cursor = await connection.execute(
+                "SELECT broker_id FROM brokers WHERE applied_revision < %s AND seen_at > now() - interval '10 minutes' "
+                "ORDER BY broker_id",
+                (revision,),
+            )
+            return [row[0] for row in await cursor.fetchall()]
+
+    async def revision(self) -> int:
+        """The newest revision of access."""
+        async with self._db.pool.connection() as connection:
+            return int((await fetch_one(connection, "SELECT revision FROM access_state", ()))[0])
 
     async def newest_crls(self) -> list[PublishedCrl]:
         """The newest list of each device CA that is believed."""

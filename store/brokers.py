@@ -6,6 +6,7 @@ from datetime import datetime
 from psycopg import AsyncConnection, IsolationLevel
 from psycopg.rows import class_row
 
+from models.views import BrokerView
 from store.engine import Database, fetch_one
 
 _AUTHORITIES = """
@@ -101,6 +102,23 @@ class BrokerStore:
         """What the broker enforces. `revision` None: as before, and `error` says what is missing."""
         arguments = {"broker": broker_id, "revision": revision, "next_update": crl_next_update, "error": error}
         await connection.execute(_APPLIED, arguments)
+
+    async def wanted(self) -> int:
+        """The newest revision of who may speak."""
+        async with self.db.pool.connection() as connection:
+            return int((await fetch_one(connection, "SELECT revision FROM access_state", ()))[0])
+
+    async def find(self) -> list[BrokerView]:
+        """All that have been heard of."""
+        async with (
+            self.db.pool.connection() as connection,
+            connection.cursor(row_factory=class_row(BrokerView)) as cursor,
+        ):
+            await cursor.execute(
+                "SELECT broker_id, applied_revision, applied_at, crl_next_update, seen_at, error FROM brokers "
+                "ORDER BY broker_id"
+            )
+            return await cursor.fetchall()
 
     async def applied(self, broker_id: str) -> int:
         """The revision that a broker enforces; 0 for one that nobody has heard of."""

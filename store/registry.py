@@ -101,17 +101,24 @@ def _merge_statement() -> str:
     kept = [f"CASE WHEN i.given & {_BIT[c]} <> 0 OR e.device_id IS NULL THEN i.{c} ELSE e.{c} END AS {c}"
             for c in _COLUMNS if c not in ("device_id", "retired_at")]  # fmt: skip
     written = [c for c in _COLUMNS if c != "device_id"]
+    # What is wanted gets a version where it changes, as store.configurations gives it: above the one that is reported.
+    first = "CASE WHEN desired_config IS NULL THEN 0 ELSE config_version + 1 END"
+    next_version = """CASE WHEN EXCLUDED.desired_config IS NULL OR EXCLUDED.desired_config IS NOT DISTINCT FROM
+                d.desired_config THEN d.desired_config_version
+             WHEN d.desired_config_version = 0 THEN EXCLUDED.desired_config_version
+             ELSE d.desired_config_version + 1 END"""
     return f"""
     WITH wanted AS (
         SELECT i.device_id, i.created_at, {", ".join(kept)},
                CASE WHEN i.given & {_BIT["retired_at"]} <> 0 THEN i.retired_at ELSE e.retired_at END AS retired_at
         FROM incoming i LEFT JOIN devices e USING (device_id)
     ), merged AS (
-        INSERT INTO devices AS d ({", ".join(_COLUMNS)}, created_at)
+        INSERT INTO devices AS d ({", ".join(_COLUMNS)}, created_at, desired_config_version)
         SELECT {", ".join(c for c in _COLUMNS if c != "retired_at")},
-               CASE WHEN status = 'retired' THEN COALESCE(retired_at, now()) END, COALESCE(created_at, now())
+               CASE WHEN status = 'retired' THEN COALESCE(retired_at, now()) END, COALESCE(created_at, now()), {first}
         FROM wanted
-        ON CONFLICT (device_id) DO UPDATE SET updated_at = now(), {", ".join(f"{c} = EXCLUDED.{c}" for c in written)}
+        ON CONFLICT (device_id) DO UPDATE SET updated_at = now(), desired_config_version = {next_version},
+               {", ".join(f"{c} = EXCLUDED.{c}" for c in written)}
         WHERE ({", ".join(f"d.{c}" for c in written)}) IS DISTINCT FROM ({", ".join(f"EXCLUDED.{c}" for c in written)})
         RETURNING xmax = 0 AS created
     )
@@ -127,6 +134,11 @@ SELECT device_id, last_heartbeat, uptime FROM incoming WHERE last_heartbeat IS N
 ON CONFLICT (device_id) DO UPDATE SET last_heartbeat = EXCLUDED.last_heartbeat, uptime = EXCLUDED.uptime
 WHERE p.last_heartbeat < EXCLUDED.last_heartbeat
 """
+
+
+_NEXT_VERSION = """, desired_config_version = CASE WHEN d.desired_config IS NOT DISTINCT FROM %(new_desired_config)s
+    THEN d.desired_config_version WHEN d.desired_config_version = 0 THEN d.config_version + 1
+    ELSE d.desired_config_version + 1 END"""
 
 
 class Registry:
@@ -281,8 +293,10 @@ class Registry:
             values["retired_at"] = datetime.now(UTC) if retired else None
         compared = [name for name in values if name != "retired_at"]  # retiring what is retired changes nothing
         statement = sql.SQL(
-            "UPDATE devices d SET updated_at = now(), {sets} WHERE {clause} AND ({old}) IS DISTINCT FROM ({new})"
+            "UPDATE devices d SET updated_at = now(){version}, {sets} "
+            "WHERE {clause} AND ({old}) IS DISTINCT FROM ({new})"
         ).format(
+            version=sql.SQL(_NEXT_VERSION if changes.desired_config is not None else ""),
             sets=sql.SQL(", ").join(sql.SQL("{} = {}").format(sql.Identifier(n), _placeholder(n)) for n in values),
             clause=sql.SQL(clause),
             old=sql.SQL(", ").join(sql.Identifier("d", n) for n in compared),
@@ -419,6 +433,8 @@ def _row_values(device: DeviceRecord) -> dict[str, Any]:
         values["retired_at"] = datetime.now(UTC)
     if device.created_at is not None:
         values["created_at"] = _utc(device.created_at)
+    if device.desired_config is not None:
+        values["desired_config_version"] = device.config_version + 1
     return values
 
 

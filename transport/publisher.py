@@ -15,7 +15,7 @@ class Publisher:
     @classmethod
     async def connect(cls, settings: Settings) -> "Publisher":
         """Connect under a client id of its own. Raises UnavailableError."""
-        connection = Connection(f"engine.worker.{uuid.uuid4().hex[:12]}")
+        connection = Connection(f"engine@worker-{uuid.uuid4().hex[:12]}")
         await connection.open(settings)
         return cls(connection)
 

@@ -3,7 +3,7 @@ to and from this topic, and may this client id's session end. Not for messages t
 
 ```python
 await take_over(settings, "motor-7")        # whoever is connected under that id is thrown out
-await echoes(settings, "engine.access.canary", "tidegate/access/mosquitto/0f3a", seconds=1)
+await echoes(settings, "engine@access", "tidegate/access/mosquitto/0f3a", seconds=1)
 ```
 """
 

@@ -1,4 +1,4 @@
-"""How programs reach the workflows: connecting, registering search attributes, starting a rollout.
+"""How programs reach the workflows: connecting, registering search attributes, starting a rollout, schedules.
 
 ```python
 client = await connect("127.0.0.1:7233")
@@ -7,11 +7,25 @@ result = await handle.result()
 ```
 """
 
+import dataclasses
+from collections.abc import Callable
 from datetime import timedelta
 
 from temporalio.api.enums.v1 import IndexedValueType
 from temporalio.api.operatorservice.v1 import AddSearchAttributesRequest, ListSearchAttributesRequest
-from temporalio.client import Client, WorkflowHandle
+from temporalio.client import (
+    Client,
+    Schedule,
+    ScheduleActionStartWorkflow,
+    ScheduleAlreadyRunningError,
+    ScheduleIntervalSpec,
+    ScheduleOverlapPolicy,
+    SchedulePolicy,
+    ScheduleSpec,
+    ScheduleUpdate,
+    ScheduleUpdateInput,
+    WorkflowHandle,
+)
 from temporalio.common import (
     SearchAttributePair,
     TypedSearchAttributes,
@@ -23,6 +37,7 @@ from temporalio.runtime import Runtime
 
 from models.errors import UnavailableError
 from models.identity import (
+    KeepCrlsInput,
     ProvisionDeviceInput,
     ProvisionDeviceResult,
     ReissueCertificateInput,
@@ -34,12 +49,17 @@ from models.quantities import format_duration, format_share
 from models.rollout import Phase, RolloutResult, StartRolloutInput
 from models.spec import RolloutSpec, WaveSpec
 from workflows.options import (
+    CATCH_UP,
+    CRL_SCHEDULE,
+    CRL_UPKEEP_EVERY,
+    CRL_UPKEEP_ID,
     DEVICE,
     KIND,
     KIND_PROVISIONING,
     KIND_REISSUE,
     KIND_ROLLOUT,
     KIND_ROTATION,
+    KIND_UPKEEP,
     PHASE,
     RELEASE,
     ROTATION_WORKFLOW,
@@ -50,6 +70,7 @@ from workflows.options import (
 from workflows.provisioning import ProvisioningWorkflow
 from workflows.reissue import ReissueCertificateWorkflow
 from workflows.rollout import RolloutWorkflow
+from workflows.upkeep import CrlUpkeepWorkflow
 
 MEMO_ENROLMENT = "enrolment_no"
 """In the memo of `provision:<serial>`: which enrolment this run is for."""
@@ -92,6 +113,62 @@ async def add_search_attributes(client: Client, missing: list[str]) -> None:
     await client.operator_service.add_search_attributes(
         AddSearchAttributesRequest(namespace=client.namespace, search_attributes=dict.fromkeys(missing, keyword))
     )
+
+
+async def ensure_schedules(client: Client, crl_lifetime: timedelta) -> list[str]:
+    """Make Tidegate's schedules, or bring those that exist to what this version wants. Returns the names made.
+
+    What a person did to one, as pausing it, stays. Many workers may do this at once. Raises RPCError.
+    """
+    made = []
+    for name, schedule in _schedules(crl_lifetime).items():
+        try:
+            await client.create_schedule(name, schedule, trigger_immediately=True)
+            made.append(name)
+        except ScheduleAlreadyRunningError:
+            await client.get_schedule_handle(name).update(_bring_to(schedule))
+    return made
+
+
+def _schedules(crl_lifetime: timedelta) -> dict[str, Schedule]:
+    """Every schedule there is, by name."""
+    upkeep = ScheduleActionStartWorkflow(
+        CrlUpkeepWorkflow.run,
+        KeepCrlsInput(),
+        id=CRL_UPKEEP_ID,
+        task_queue=TASK_QUEUE,
+        typed_search_attributes=TypedSearchAttributes([SearchAttributePair(KIND, KIND_UPKEEP)]),
+        static_summary="sign the revocation lists that are due",
+    )
+    return {CRL_SCHEDULE: _every(min(CRL_UPKEEP_EVERY, crl_lifetime / 8), upkeep)}
+
+
+def _every(interval: timedelta, action: ScheduleActionStartWorkflow) -> Schedule:
+    return Schedule(
+        action=action,
+        spec=ScheduleSpec(intervals=[ScheduleIntervalSpec(every=interval)]),
+        policy=SchedulePolicy(overlap=ScheduleOverlapPolicy.SKIP, catchup_window=CATCH_UP),
+    )
+
+
+def _bring_to(wanted: Schedule) -> Callable[[ScheduleUpdateInput], ScheduleUpdate | None]:
+    """None where nothing differs: the server takes the last update it gets, and with it what it says of a pause."""
+
+    def update(found: ScheduleUpdateInput) -> ScheduleUpdate | None:
+        known = found.description.schedule
+        if _what(known) == _what(wanted):
+            return None
+        return ScheduleUpdate(dataclasses.replace(wanted, state=known.state))
+
+    return update
+
+
+def _what(schedule: Schedule) -> tuple[object, ...]:
+    """What a version may want otherwise. Inputs are left out: every scheduled workflow takes its defaults."""
+    action = schedule.action
+    assert isinstance(action, ScheduleActionStartWorkflow)
+    every = [interval.every for interval in schedule.spec.intervals]
+    return every, schedule.policy.overlap, schedule.policy.catchup_window, action.workflow, action.id, action.task_queue
 
 
 async def start_rollout(client: Client, request: StartRolloutInput) -> WorkflowHandle[RolloutWorkflow, RolloutResult]:

@@ -68,7 +68,7 @@ class DecommissionWorkflow:
         await steps.stop_flows(stop)
 
         self._show("shutting-out", "a revocation list, and brokers that shut it out")
-        signed = await steps.publish_crls()
+        signed = await steps.publish_crls(actor)
         seen = await steps.await_brokers(
             AwaitBrokersInput(device_id=device_id, revision=retired.revision, within=asked.broker_within)
         )

@@ -52,12 +52,9 @@ from workflows.decommission import DecommissionWorkflow
 from workflows.fleet_rotation import FleetRotationWorkflow
 from workflows.rotation import CertificateRotationWorkflow
 
-ROTATION_SCHEDULE, CRL_SCHEDULE = "tidegate-rotation", "tidegate-crl"
+ROTATION_SCHEDULE = "tidegate-rotation"
 SWEEP_EVERY = timedelta(hours=1)
 """Certificates live for weeks; an hour is soon enough."""
-
-CATCH_UP = timedelta(minutes=10)
-"""Sweeps that were missed for longer are not made up for: the next one finds all that is due."""
 
 
 async def start_configuration(
@@ -141,7 +138,7 @@ async def ensure_rotation_schedule(client: Client, asked: RotateFleetInput) -> b
     schedule = Schedule(
         action=action,
         spec=ScheduleSpec(intervals=[ScheduleIntervalSpec(every=SWEEP_EVERY)], jitter=timedelta(minutes=5)),
-        policy=SchedulePolicy(overlap=ScheduleOverlapPolicy.SKIP, catchup_window=CATCH_UP),
+        policy=SchedulePolicy(overlap=ScheduleOverlapPolicy.SKIP, catchup_window=options.CATCH_UP),
     )
     try:
         await client.create_schedule(ROTATION_SCHEDULE, schedule)
@@ -152,7 +149,7 @@ async def ensure_rotation_schedule(client: Client, asked: RotateFleetInput) -> b
 
 async def trigger_crl_upkeep(client: Client) -> None:
     """Have the revocation lists that are due signed now. Raises RPCError NOT_FOUND where no schedule does it."""
-    await client.get_schedule_handle(CRL_SCHEDULE).trigger()
+    await client.get_schedule_handle(options.CRL_SCHEDULE).trigger()
 
 
 @dataclass

@@ -13,7 +13,7 @@ from activities.configuration import ConfigurationActivities
 from activities.decommission import DecommissionActivities
 from activities.fleet_rotation import FleetRotationActivities
 from activities.rotation import RotationActivities
-from models.identity import DecommissionDeviceInput, RotateCertificateInput
+from models.identity import DecommissionDeviceInput, PublishCrlsInput, PublishCrlsResult, RotateCertificateInput
 from models.lifecycle import (
     AskForRotationInput,
     AskToWipeInput,
@@ -173,13 +173,15 @@ async def retire_device(asked: RetireDeviceInput) -> RetiredDevice:
     )
 
 
-async def publish_crls() -> bool:
-    """Sign revocation lists where a worker can; whether one did. Nothing waits for it: see options.CRL_TIMEOUT."""
+async def publish_crls(actor: str) -> bool:
+    """Sign revocation lists where a worker can; whether all are. Nothing waits for it: see options.CRL_TIMEOUT."""
     try:
-        await workflow.execute_activity(
+        published: PublishCrlsResult = await workflow.execute_activity(
             options.PUBLISH_CRLS,
+            PublishCrlsInput(actor=actor),
+            result_type=PublishCrlsResult,
             task_queue=options.CA_QUEUE,
-            start_to_close_timeout=options.SHORT_TIMEOUT,
+            start_to_close_timeout=options.SIGN_TIMEOUT,
             schedule_to_close_timeout=options.CRL_TIMEOUT,
             retry_policy=options.SHORT_RETRY,
             summary="sign revocation lists",
@@ -189,7 +191,7 @@ async def publish_crls() -> bool:
             raise
         workflow.logger.warning("no revocation list was signed, the next hourly one has it: %s", error.cause)
         return False
-    return True
+    return not published.failed
 
 
 async def await_brokers(asked: AwaitBrokersInput) -> BrokersSeen:

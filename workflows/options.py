@@ -137,6 +137,26 @@ REISSUE_TIMEOUT = timedelta(minutes=2)
 CRL_QUEUE_TIMEOUT = timedelta(minutes=2)
 """How long a provisioning that was undone waits for a revocation list; after that the hourly one has it."""
 
+SIGN_TIMEOUT = timedelta(minutes=2)
+"""One attempt at the revocation lists: 100,000 entries take about two seconds, a slow signer's round trips the rest."""
+
+CRL_UPKEEP_LIMIT = timedelta(minutes=10)
+"""How long a round waits for somebody who signs before it looks whether an alert is due; the next round is within the
+hour, and a list has days to live."""
+
+# --- schedules ---------------------------------------------------------------------------------------------------------
+
+CRL_SCHEDULE = "tidegate-crl"
+CRL_UPKEEP_ID = "upkeep:crl"
+"""Temporal adds the time to the id of each round."""
+
+CRL_UPKEEP_EVERY = timedelta(hours=1)
+"""Long before anything is due: lists are renewed at a quarter of their life, which is a day or more. Shorter lists are
+looked at eight times in theirs."""
+
+CATCH_UP = timedelta(minutes=5)
+"""A round that was missed is not made up for: the next one does the same. Temporal's default is a year."""
+
 # --- what a person sees ------------------------------------------------------------------------------------------------
 
 KIND_ROLLOUT = "rollout"

@@ -17,6 +17,7 @@ from models.identity import (
     IssueCertificateInput,
     IssueCertificateResult,
     MarkConfiguredInput,
+    PublishCrlsInput,
     RefuseEnrolmentInput,
     ReissueCertificateInput,
     ReissueCertificateResult,
@@ -83,6 +84,7 @@ async def undo(asked: UndoProvisioningInput) -> None:
     try:
         await workflow.execute_activity(
             options.PUBLISH_CRLS,
+            PublishCrlsInput(),
             task_queue=options.CA_QUEUE,
             schedule_to_close_timeout=options.CRL_QUEUE_TIMEOUT,
             start_to_close_timeout=options.SHORT_TIMEOUT,

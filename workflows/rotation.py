@@ -100,7 +100,7 @@ class CertificateRotationWorkflow:
         if ended.confirmed:
             return await self._settled(ended)
         if ended.revoked:
-            await steps.publish_crls()
+            await steps.publish_crls(self._asked.actor)
         return self._result(RotateOutcome.REVERTED, ended)
 
     async def _watch(
@@ -139,7 +139,7 @@ class CertificateRotationWorkflow:
 
     async def _settled(self, ended: EndedRotation) -> RotateCertificateResult:
         if ended.revoked:
-            await steps.publish_crls()
+            await steps.publish_crls(self._asked.actor)
         return self._result(RotateOutcome.ROTATED, ended)
 
     def _end(self, seen: CertificatesSeen, reason: str) -> EndRotationInput:

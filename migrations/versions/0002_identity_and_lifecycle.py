@@ -16,7 +16,7 @@ CREATE TRIGGER audit_events_append_only BEFORE UPDATE OR DELETE ON audit_events
 _TELL_CACHES = """
 CREATE FUNCTION tell_lookup_caches() RETURNS trigger LANGUAGE plpgsql AS $$
 BEGIN
-  IF EXISTS (SELECT FROM lookup_caches) THEN
+  IF EXISTS (SELECT FROM lookup_caches WHERE seen_at > clock_timestamp() - interval '5 minutes') THEN
     INSERT INTO cache_invalidations (device_id, serial_number) SELECT device_id, serial_number FROM before;
     PERFORM pg_notify('tidegate_cache', '');
   END IF;

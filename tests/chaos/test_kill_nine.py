@@ -33,7 +33,7 @@ DEVICES = 300
 @pytest_asyncio.fixture(scope="module", loop_scope="session")
 async def stack(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[EmbeddedStack]:
     state = tmp_path_factory.mktemp("chaos")
-    async with EmbeddedStack(state, settings=Settings(state_dir=state)) as running:
+    async with EmbeddedStack(state, settings=Settings(state_dir=state), open_mqtt=True) as running:
         yield running
 
 
@@ -106,7 +106,7 @@ def start_fleet(stack: EmbeddedStack, folder: Path, prefix: str, release_key: An
     command += ["--type", "motor", "--product", "motor-controller", "--base-version", "1.2.0", "--base-sha256", OLD]
     command += ["--release-key", str(folder / "release.pub")]
     command += ["--order-key", str(Path(str(endpoints.order_key)).with_suffix(".pub"))]
-    command += ["--mqtt", f"mqtt://{endpoints.mqtt_host}:{endpoints.mqtt_port}", "--retry", "1", "--answer-within", "2"]
+    command += ["--mqtt", str(endpoints.open_mqtt_url), "--retry", "1", "--answer-within", "2"]
     command += ["--poll", "5", "--ready-file", str(folder / "ready"), "--report", str(folder / "report.json")]
     process = subprocess.Popen(command, env=stack.env())
     while not (folder / "ready").exists():

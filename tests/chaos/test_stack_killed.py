@@ -48,7 +48,7 @@ class Up:
         path = self.state / "endpoints.json"
         path.unlink(missing_ok=True)
         log = (self.state.parent / "up.log").open("ab")
-        command = [sys.executable, str(ROOT / "starter.py"), "up", "--state", str(self.state)]
+        command = [sys.executable, str(ROOT / "starter.py"), "up", "--open-mqtt", "--state", str(self.state)]
         with log:
             self.process = subprocess.Popen(command, stdout=log, stderr=log)
         deadline = time.monotonic() + 90

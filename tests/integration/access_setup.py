@@ -296,7 +296,7 @@ class Stage:
     @asynccontextmanager
     async def gateway_ear(self) -> AsyncIterator["Ear"]:
         """What the engine hears."""
-        client = self.client(self.credentials(GATEWAY), engine=True, client_id="engine.ear")
+        client = self.client(self.credentials(GATEWAY), engine=True, client_id="engine@ear")
         async with ear(client, ["#", "$aws/#"]) as listening:
             yield listening
 
@@ -358,7 +358,7 @@ async def ear(client: aiomqtt.Client, filters: Iterable[str]) -> AsyncIterator[E
                 await task
 
 
-def _open_folder() -> Path:
+def open_folder() -> Path:
     """A folder that the broker's account can read and write in."""
     folder = Path(tempfile.mkdtemp(prefix="tidegate-access-"))
     folder.chmod(0o755)
@@ -370,7 +370,7 @@ def _open_folder() -> Path:
 @asynccontextmanager
 async def stage(db: Database, mutate: Callable[[str], str] = lambda text: text) -> AsyncIterator[Stage]:
     """A running broker that enforces an empty registry."""
-    folder = _open_folder()
+    folder = open_folder()
     made = Stage(db, folder, MosquittoListeners(free_port(), free_port()), mutate)
     try:
         await made.prepare()

@@ -31,7 +31,7 @@ from enrolment.service import EnrolmentService
 from enrolment.tls import PeerCertificateProtocol, server_context
 from enrolment.trust import Trust
 from enrolment.waiting import Changes
-from models.identity import AuthorityKind, AuthorityView, ClaimBatchSpec, DeviceHappening
+from models.identity import AuthorityKind, AuthorityView, ClaimBatchSpec, DeviceHappening, PublishCrlsInput
 from pki.authority import Authority, certificate_id, pem_of, read_certificate
 from pki.issue import issue_claim, issue_service
 from pki.pkcs7 import read_certs_only
@@ -251,7 +251,7 @@ def publishing(db: Database, pki: Pki) -> list[Any]:
     from temporalio import activity
 
     @activity.defn(name=options.PUBLISH_CRLS)
-    async def publish() -> None:
+    async def publish(_asked: PublishCrlsInput) -> None:
         return None
 
     return [publish]

@@ -10,6 +10,7 @@ import pytest
 from aiomqtt import ProtocolVersion
 
 from access.mosquitto import GATEWAY
+from gateway.__main__ import CLIENT_ID
 from models.protocol import REQUEST_FILTERS, jobs_topic
 from store.engine import Database
 from tests.conftest import mosquitto_binary
@@ -79,7 +80,7 @@ async def test_without_the_acl_a_device_speaks_for_another_and_forges_answers(
 async def victim_is_reached(ground: Stage, reached: object) -> None:
     """The line to the victim is open, so that hearing nothing else means something."""
     service = ground.credentials(GATEWAY)
-    async with ground.client(service, engine=True, client_id="engine.test") as client:
+    async with ground.client(service, engine=True, client_id="engine@test") as client:
         await client.publish(jobs_topic("victim", "notify-next"), "real", qos=1)
     assert await reached.hears("real")  # type: ignore[attr-defined]
 
@@ -128,7 +129,7 @@ async def test_a_device_cannot_take_over_anothers_session(db: Database, version:
     async with stage(db) as ground:
         victim, attacker = await ground.device("victim"), await ground.device("attacker")
         async with ground.gateway_ear() as engine, ear(ground.client(victim, version), VICTIM_FILTERS) as session:
-            for stolen in ("victim", "engine.ear", GATEWAY):
+            for stolen in ("victim", "engine@ear", CLIENT_ID):
                 async with ground.client(attacker, version, client_id=stolen) as client:
                     await client.publish("devices/attacker/heartbeat", stolen, qos=1)
                 assert await engine.hears(stolen, 2), "the attacker itself is served, under its own id"
@@ -168,7 +169,7 @@ WIDE = [
 
 async def flow(ground: Stage, seconds: float) -> None:
     """Orders to the victim, and requests of it, all the time."""
-    async with ground.client(ground.credentials(GATEWAY), engine=True, client_id="engine.test") as client:
+    async with ground.client(ground.credentials(GATEWAY), engine=True, client_id="engine@test") as client:
         for _ in range(int(seconds / 0.1)):
             await client.publish(jobs_topic("victim", "notify-next"), "order", qos=1)
             await client.publish("devices/victim/commands/request", "order", qos=1)
@@ -218,7 +219,7 @@ async def test_a_device_does_not_hear_its_own_requests_and_hears_every_kind_of_a
             for request in ("jobs/get", "jobs/$next/get", "jobs/job-1/update", "shadow/name/config/update"):
                 await reached.client.publish(f"$aws/things/device/{request}", "mine", qos=1)
             await reached.client.publish("devices/device/heartbeat", "mine", qos=1)
-            async with ground.client(ground.credentials(GATEWAY), engine=True, client_id="engine.test") as engine:
+            async with ground.client(ground.credentials(GATEWAY), engine=True, client_id="engine@test") as engine:
                 for answer in answers:
                     await engine.publish(f"$aws/things/device/{answer}", "answer", qos=1)
                 for order in ("commands/notify", "commands/request", "diagnostics/request"):

@@ -435,7 +435,7 @@ async def test_orders_to_a_denied_device_do_not_reach_its_open_session(db: Datab
     async with stage(db) as ground:
         motor = await ground.device("motor-1")
         async with ear(ground.client(motor), FILTERS) as session:
-            async with ground.client(ground.credentials(GATEWAY), engine=True, client_id="engine.test") as engine:
+            async with ground.client(ground.credentials(GATEWAY), engine=True, client_id="engine@test") as engine:
                 await engine.publish(jobs_topic("motor-1", "notify-next"), "before", qos=1)
                 assert await session.hears("before")
                 await ground.revoke("motor-1")

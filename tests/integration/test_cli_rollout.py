@@ -69,7 +69,7 @@ class Plant:
 def plant(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Plant]:
     folder = tmp_path_factory.mktemp("plant")
     make_passable(folder / "state")
-    command = [sys.executable, "starter.py", "up", "--state", str(folder / "state")]
+    command = [sys.executable, "starter.py", "up", "--open-mqtt", "--state", str(folder / "state")]
     log = (folder / "up.log").open("wb")
     up = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
     _wait_for(folder / "state" / "endpoints.json", up)
@@ -116,7 +116,7 @@ def _start_fleet(plant: Plant, log: Any) -> subprocess.Popen[bytes]:
     command += ["--base", str(plant.folder / "1.2.0.bin"), "--base-version", "1.2.0", "--product", "motor-controller"]
     command += ["--release-key", str(plant.folder / "release.pub")]
     command += ["--order-key", str(Path(endpoints["order_key"]).with_suffix(".pub"))]
-    command += ["--mqtt", f"mqtt://{endpoints['mqtt_host']}:{endpoints['mqtt_port']}", "--poll", "2", "--retry", "0.5"]
+    command += ["--mqtt", endpoints["open_mqtt_url"], "--poll", "2", "--retry", "0.5"]
     command += ["--fault", "version=1.3.0-bad,fail=100%", "--ready-file", str(plant.folder / "ready")]
     fleet = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
     _wait_for(plant.folder / "ready", fleet)

@@ -1,12 +1,14 @@
 """The embedded stack's servers: up, down, resumed, replaced, killed; on loopback only, with either broker."""
 
 import asyncio
+import contextlib
 import json
 import os
 import shutil
 import stat
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import psutil
 import psycopg
@@ -14,6 +16,7 @@ import pytest
 from temporalio.client import Client
 
 from devstack.broker import BrokerKind, mosquitto_binary, mqtt_answers
+from devstack.identity import StackIdentity
 from devstack.postgres import Postgres, make_passable
 from devstack.stack import EmbeddedStack
 from devstack.state import PORTS, StateDirectory
@@ -36,7 +39,14 @@ def folder(tmp_path: Path) -> Iterator[Path]:
 
 def engines(folder: Path, **options: object) -> EmbeddedStack:
     """The servers without worker and gateway."""
-    return EmbeddedStack(folder, **{"settings": Settings(), "worker": False, "gateway": False} | options)  # type: ignore[arg-type]
+    return EmbeddedStack(
+        folder, **{"settings": Settings(), "worker": False, "gateway": False, "enrolment": False} | options
+    )  # type: ignore[arg-type]
+
+
+def identity_of(stack: EmbeddedStack) -> StackIdentity:
+    assert stack._identity is not None
+    return stack._identity
 
 
 def rows(url: str, statement: str) -> list[tuple[object, ...]]:
@@ -70,9 +80,12 @@ async def test_everything_answers_on_loopback_only_and_a_second_start_resumes(fo
         assert rows(first.database_url, "SELECT count(*) FROM devices") == [(0,)]
         client = await Client.connect(first.temporal_address)
         assert await missing_search_attributes(client) == []
-        assert await mqtt_answers(first.mqtt_port)
+        context = identity_of(stack).client_context()
+        assert await mqtt_answers(urlsplit(str(first.engine_mqtt_url)).port or 0, context)
+        assert first.open_mqtt_url is None
         listening = _listening(stack)
-        assert {"postgres", "temporal", "broker", "artifacts"} == set(listening)
+        keeper = {"access"} if kind == "mosquitto" else set()
+        assert {"postgres", "temporal", "broker", "artifacts"} | keeper == set(listening)
         assert {address for addresses in listening.values() for address, _ in addresses} == {"127.0.0.1"}
         rows(first.database_url, "CREATE TABLE kept AS SELECT 42 AS answer")
         key = (folder / "keys" / "order.pem").read_bytes()
@@ -91,9 +104,10 @@ def _listening(stack: EmbeddedStack) -> dict[str, set[tuple[str, int]]]:
     found: dict[str, set[tuple[str, int]]] = {}
     for name, pids in stack.pids().items():
         for pid in pids:
-            for connection in psutil.Process(pid).net_connections("tcp"):
-                if connection.status == psutil.CONN_LISTEN:
-                    found.setdefault(name, set()).add((connection.laddr.ip, connection.laddr.port))
+            with contextlib.suppress(psutil.NoSuchProcess):  # a session of PostgreSQL that has just ended
+                for connection in psutil.Process(pid).net_connections("tcp"):
+                    if connection.status == psutil.CONN_LISTEN:
+                        found.setdefault(name, set()).add((connection.laddr.ip, connection.laddr.port))
     return found
 
 
@@ -118,7 +132,8 @@ async def test_a_killed_server_comes_back_on_its_port_and_a_crashed_one_by_itsel
             while [event.kind for event in events] != ["ended", "started"]:
                 await asyncio.sleep(0.02)
         assert events[0].text == "ended with signal 9; starting again in 0.5 s"
-        assert before.mqtt_port and await mqtt_answers(before.mqtt_port)
+        context = identity_of(stack).client_context()
+        assert await mqtt_answers(urlsplit(str(before.engine_mqtt_url)).port or 0, context)
 
 
 async def test_a_server_whose_address_is_given_is_not_started(folder: Path, database_url: str, tmp_path: Path) -> None:
@@ -136,6 +151,12 @@ async def test_a_server_whose_address_is_given_is_not_started(folder: Path, data
             "mqtt_host": "broker.example",
             "mqtt_port": 1884,
             "ca": None,
+            **dict.fromkeys(
+                (
+                    *("engine_mqtt_url", "open_mqtt_url", "enrolment_url", "ca_dir", "ca_passphrase_file"),
+                    *("service_ca", "service_certificate", "service_private_key"),
+                )
+            ),
             "database_url": database_url,
             "temporal_address": temporal,
             "ui_url": written.ui_url,
@@ -180,8 +201,8 @@ async def test_a_second_stack_on_the_same_folder_is_refused_naming_the_first(fol
         assert stack.pids().keys() == {"temporal", "artifacts"}
 
 
-async def test_a_server_that_cannot_start_says_why_and_takes_the_others_down(folder: Path, database_url: str) -> None:
-    given = Settings(database_url=database_url)
+async def test_a_server_that_cannot_start_says_why_and_takes_the_others_down(folder: Path, empty_database: str) -> None:
+    given = Settings(database_url=empty_database)
     (StateDirectory(folder).folder("temporal") / "temporal.db").write_bytes(b"not a database" * 1000)
     stack = engines(folder, settings=given)
     with pytest.raises(UnavailableError, match=r"(?s)Temporal ended with .*temporal\.log:.*database"):
@@ -221,9 +242,13 @@ async def test_the_database_wants_its_password_and_secrets_are_for_their_owner_a
         without = stack.endpoints.database_url.replace(stack.state.secret("postgres"), "guess")
         with pytest.raises(psycopg.OperationalError, match="password authentication failed"):
             psycopg.connect(without)
-        for path in (folder / "endpoints.json", folder / "secrets.json", folder / "keys" / "order.pem"):
+        secrets = ["endpoints.json", "secrets.json", "keys/order.pem", "ca.passphrase"]
+        secrets += [str(path.relative_to(folder)) for path in (folder / "tls").glob("*.key")]
+        secrets += [str(path.relative_to(folder)) for path in (folder / "ca").iterdir()]
+        assert len(secrets) == 4 + 5 + 3
+        for path in (folder / name for name in secrets):
             assert stat.S_IMODE(path.stat().st_mode) == 0o600
-        for name in ("keys", "temporal", "logs", "store"):
+        for name in ("keys", "temporal", "logs", "store", "tls", "ca"):
             assert stat.S_IMODE((folder / name).stat().st_mode) == 0o700
         assert (folder / "keys" / "order.pub").read_text().startswith("-----BEGIN PUBLIC KEY-----")
 

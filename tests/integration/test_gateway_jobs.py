@@ -36,7 +36,8 @@ class Door:
 
     async def listen(self) -> None:
         async for message in self.client.messages:
-            thing = str(message.topic).split("/")[2]
+            parts = str(message.topic).split("/")
+            thing = parts[1] if parts[0] == "devices" else parts[2]
             async with self.heard:
                 self.answers.setdefault(thing, []).append((str(message.topic), orjson.loads(message.payload)))
                 self.heard.notify_all()

@@ -33,6 +33,8 @@ from models.identity import (
     ConfigureDeviceInput,
     ConfigureOutcome,
     DecommissionDeviceInput,
+    PublishCrlsInput,
+    PublishCrlsResult,
     RotateCertificateInput,
     RotateOutcome,
 )
@@ -62,7 +64,7 @@ from tests.integration.life_setup import (
 )
 from tests.integration.rollout_setup import add_devices, add_release, recount, specification
 from tests.integration.test_cli_registry import Desk
-from tests.workflow.conftest import BINARIES, workers
+from tests.workflow.conftest import BINARIES
 from tests.workflow.life_stage import life_workers
 from transport.publisher import Publisher
 from worker import Lifecycle
@@ -76,6 +78,8 @@ from workflows.lifecycle_client import (
     start_fleet_rotation,
     start_rotation,
 )
+from workflows.rollout import RolloutWorkflow
+from workflows.wave import WaveWorkflow
 
 PATIENCE_SECONDS = 30.0
 DEVICE = "motor-1"
@@ -104,6 +108,8 @@ class World:
     db: Database
     broker: Broker
     settings: Settings
+    devices: HintedDevices
+    """The fleet in a rollout."""
     heard: list[tuple[str, bytes]] = field(default_factory=list)
     """What has been published since a test began to listen."""
     lists_signed: int = 0
@@ -169,22 +175,23 @@ class World:
                 await listener
 
     @activity.defn(name=options.PUBLISH_CRLS)
-    async def publish_crls(self, _asked: dict[str, Any] | None = None) -> None:
+    async def publish_crls(self, _asked: PublishCrlsInput) -> PublishCrlsResult:
         """What a worker with the CA's key would do."""
         self.lists_signed += 1
+        return PublishCrlsResult()
 
 
 @pytest_asyncio.fixture
-async def world(temporal: WorkflowEnvironment, db: Database, broker: Broker) -> AsyncIterator[World]:
+async def world(temporal: WorkflowEnvironment, db: Database, broker: Broker, tmp_path: Path) -> AsyncIterator[World]:
     """An empty database with one device that has a certificate, workers and the relay."""
     settings = Settings(mqtt_url=f"mqtt://{broker.host}:{broker.port}")
     publisher = await Publisher.connect(settings)
-    world = World(temporal, db, broker, settings)
+    world = World(temporal, db, broker, settings, HintedDevices(ExecutionStore(db), seconds=0.15))
     lifecycle = Lifecycle.of(db, temporal.client, publisher, settings)
     stop = asyncio.Event()
     await add_authority(db)
-    activities = [*lifecycle.short, *lifecycle.lasting, world.publish_crls]
-    async with life_workers(temporal.client, activities):
+    activities = [*lifecycle.short, *lifecycle.lasting, world.publish_crls, *_of_rollouts(world, tmp_path)]
+    async with life_workers(temporal.client, activities, [RolloutWorkflow, WaveWorkflow]):
         relay = asyncio.create_task(OutboxRelay(db, temporal.client, options.DEVICE_EVENT).run(stop))
         yield world
         for handle in world.handles:
@@ -327,7 +334,7 @@ async def test_the_schedule_is_made_once_and_skips_what_overlaps(world: World) -
     schedule = client.get_schedule_handle("tidegate-rotation")
     described = await schedule.describe()
     policy = described.schedule.policy
-    assert (policy.overlap.name, policy.catchup_window) == ("SKIP", timedelta(minutes=10))
+    assert (policy.overlap.name, policy.catchup_window) == ("SKIP", options.CATCH_UP)
     await schedule.trigger()
     await world.until(lambda: _swept(world))
     await schedule.delete()
@@ -387,37 +394,29 @@ async def test_a_workflow_that_is_started_as_the_device_is_retired_refuses_by_it
 
 @pytest.mark.parametrize("seed", range(4))
 async def test_row_37_a_device_decommissioned_in_the_middle_of_its_update_leaves_nothing_behind(
-    world: World, tmp_path: Path, seed: int
+    world: World, seed: int
 ) -> None:
     rng = random.Random(seed)
-    store, devices = RolloutStore(world.db), HintedDevices(ExecutionStore(world.db), seconds=0.15)
+    store = RolloutStore(world.db)
     await add_devices(world.db, 40)
     await add_release(world.db, generate_private_key())
-    rollouts = RolloutActivities(store, devices)
-    artifacts = ArtifactActivities(ArtifactStore.open(tmp_path.as_uri()), DeltaStore(world.db), store)
-    running = [
-        rollouts.plan_rollout, rollouts.write_plain_document, rollouts.drive_wave, rollouts.close_wave,
-        rollouts.check_promotable, rollouts.set_job_status, rollouts.adjust_pace, rollouts.finish_rollout,
-        artifacts.prepare_artifacts,
-    ]  # fmt: skip
     victims = [f"motor-{n}" for n in rng.sample(range(1, 41), 4)]
     for victim in victims:
         await add_certificate(world.db, victim)
         await _retain(world, victim)
-    async with workers(world.temporal.client, running):
-        name = f"motor-{seed}"
-        spec = specification(
-            name=name,
-            waves=[{"name": "canary", "size": "25%"}, {"name": "fleet", "size": "100%"}],
-            pace={"in_flight": 6, "per_minute": None},
-        )
-        rollout = await start_rollout(world.temporal.client, StartRolloutInput(spec=spec, requested_by="alice"))
-        await world.until(lambda: rows(world.db, "SELECT FROM jobs WHERE exposed > 0"))
-        await asyncio.sleep(rng.random())
-        ends = [await world.decommission(victim, wipe_within=timedelta(0)) for victim in victims]
-        results = [await world.result(end) for end in ends]
-        result = await asyncio.wait_for(rollout.result(), PATIENCE_SECONDS)
-        await devices.settle()
+    name = f"motor-{seed}"
+    spec = specification(
+        name=name,
+        waves=[{"name": "canary", "size": "25%"}, {"name": "fleet", "size": "100%"}],
+        pace={"in_flight": 6, "per_minute": None},
+    )
+    rollout = await start_rollout(world.temporal.client, StartRolloutInput(spec=spec, requested_by="alice"))
+    await world.until(lambda: rows(world.db, "SELECT FROM jobs WHERE exposed > 0"))
+    await asyncio.sleep(rng.random())
+    ends = [await world.decommission(victim, wipe_within=timedelta(0)) for victim in victims]
+    results = [await world.result(end) for end in ends]
+    result = await asyncio.wait_for(rollout.result(), PATIENCE_SECONDS)
+    await world.devices.settle()
     view = await store.show(name)
     assert result.outcome is Outcome.SUCCEEDED
     assert await recount(world.db, view.job_no) == []
@@ -545,6 +544,17 @@ async def test_the_rotation_of_the_fleet_is_started_and_shown(world: World, desk
 # --- inside --------------------------------------------------------------------------------------------------------------
 
 
+def _of_rollouts(world: World, folder: Path) -> list[Any]:
+    store = RolloutStore(world.db)
+    rollouts = RolloutActivities(store, world.devices)
+    artifacts = ArtifactActivities(ArtifactStore.open(folder.as_uri()), DeltaStore(world.db), store)
+    return [
+        rollouts.plan_rollout, rollouts.write_plain_document, rollouts.drive_wave, rollouts.close_wave,
+        rollouts.check_promotable, rollouts.set_job_status, rollouts.adjust_pace, rollouts.finish_rollout,
+        artifacts.prepare_artifacts,
+    ]  # fmt: skip
+
+
 async def _run(desk: Desk, *words: object) -> Any:
     return await asyncio.to_thread(desk.run, *words)
 
@@ -564,7 +574,7 @@ async def _waiting(world: World, workflows: int) -> bool:
 
 async def _swept(world: World) -> bool:
     found = world.temporal.client.list_workflows('WorkflowType = "FleetRotationWorkflow" AND TidegateKind = "upkeep"')
-    return any(each.id.startswith("tidegate-rotation") and each.close_time async for each in found)
+    return any([each.id.startswith("tidegate-rotation") and each.close_time is not None async for each in found])
 
 
 async def _end_rotations(world: World, devices: int) -> None:

@@ -170,3 +170,25 @@ async def test_a_change_made_while_an_import_runs_is_not_lost(db: Database) -> N
     page = await Registry(db).find(DeviceFilter(versions=("1.3.0",)), limit=500)
     assert page.total == 50
     assert {device.zone for device in page.devices} == {"a"}
+
+
+async def test_a_configuration_that_an_import_or_an_update_wants_gets_a_version_of_its_own(db: Database) -> None:
+    registry = Registry(db)
+
+    async def version_after(desired: dict[str, int] | None, zone: str = "a") -> tuple[int, str | None]:
+        device = {"device_id": "m0", "device_type": "motor", "serial_number": "S0", "site_id": "berlin", "zone": zone}
+        line = json.dumps(device | ({} if desired is None else {"desired_config": desired, "config_version": 3}))
+        await registry.import_devices([line.encode() + b"\n"], "fleet.jsonl", Format.JSON_LINES)
+        found = await registry.get("m0")
+        return found.desired_config_version, found.config_state
+
+    assert await version_after(None) == (0, "none")
+    assert await version_after({"interval": 6}) == (4, "pending")
+    assert await version_after({"interval": 6}, "b") == (4, "pending")
+    assert await version_after(None, "c") == (4, "pending")
+    assert await version_after({"interval": 7}) == (5, "pending")
+    changed = await registry.update("m0", DeviceChanges(desired_config={"interval": 8}))
+    assert changed.desired_config_version == 6
+    assert (await registry.update("m0", DeviceChanges(zone="d"))).desired_config_version == 6
+    made = await registry.create(changed.model_copy(update={"device_id": "m1", "serial_number": "S1"}))
+    assert (made.desired_config_version, made.config_state) == (4, "pending")

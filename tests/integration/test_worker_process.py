@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,16 @@ import pytest
 from temporalio.contrib.pydantic import pydantic_data_converter
 from temporalio.testing import WorkflowEnvironment
 
+from activities.authorities import ensure_authorities
 from firmware.keys import generate_private_key
 from models.rollout import StartRolloutInput
+from pki.signer import FileKeyStore, make_passphrase, read_passphrase
+from store.authorities import AuthorityStore
 from store.engine import Database
 from store.rollouts import RolloutStore
 from tests.conftest import Broker, free_port
 from tests.integration.rollout_setup import add_devices, add_release, specification
+from tests.pki_setup import now
 from tests.workflow.conftest import BINARIES
 from workflows.client import connect, start_rollout
 
@@ -80,6 +85,7 @@ async def test_a_worker_waits_for_its_servers_drives_a_wave_ends_in_good_order_a
         "database_url": database_url,
         "mqtt_url": f"mqtt://{broker.host}:{broker.port}",
         "artifact_store": tmp_path.as_uri(),
+        "redis_url": f"redis://127.0.0.1:{free_port()}/0",  # nobody is there, which keeps a worker from nothing
     }
     started.append(WorkerProcess(tmp_path, **settings))
     await started[0].until(rf"cannot connect to Temporal at 127\.0\.0\.1:{port}")
@@ -92,6 +98,7 @@ async def test_a_worker_waits_for_its_servers_drives_a_wave_ends_in_good_order_a
     ):
         ready = await started[0].until(r'"metrics_port": (\d+), "temporal_metrics_port": (\d+).*"event": "ready"')
         await check_metrics(int(ready[1]), int(ready[2]))
+        await started[0].until("the lookup cache is not invalidated|Redis does not answer")
 
         client = await connect(settings["temporal_address"])
         await add_devices(db, 5)
@@ -110,6 +117,43 @@ async def test_a_worker_waits_for_its_servers_drives_a_wave_ends_in_good_order_a
         pending = await driver_on(client, started[1].process.pid)
         assert pending, "the second worker did not take the wave up"
         assert await started[1].stop(signal.SIGINT) == 0
+
+
+async def test_a_worker_with_the_keys_of_the_authorities_signs_and_makes_the_schedules(
+    db: Database, database_url: str, broker: Broker, tmp_path: Path, started: list[WorkerProcess]
+) -> None:
+    passphrase = tmp_path / "passphrase"
+    make_passphrase(passphrase)
+    keys = FileKeyStore(tmp_path / "ca", read_passphrase(passphrase))
+    await ensure_authorities(db, keys, now() - timedelta(days=30), "alice")
+    async with await WorkflowEnvironment.start_local(
+        data_converter=pydantic_data_converter,
+        dev_server_existing_path=str(BINARIES / "temporal"),
+        dev_server_log_level="error",
+    ) as environment:
+        settings = {
+            "temporal_address": environment.client.service_client.config.target_host,
+            "database_url": database_url,
+            "mqtt_url": f"mqtt://{broker.host}:{broker.port}",
+            "artifact_store": tmp_path.as_uri(),
+            "ca_dir": tmp_path / "ca",
+            "ca_passphrase_file": passphrase,
+        }
+        started.append(WorkerProcess(tmp_path, **settings))
+        await started[0].until(r'"names": "tidegate-crl".*"event": "made schedules"')
+        await started[0].until(r'tidegate-ca.*"event": "ready"')
+        await started[0].until(r'"number": 2.*"event": "revocation list signed"')
+        assert await started[0].stop() == 0
+    assert [crl.number for crl in await AuthorityStore(db).newest_crls()] == [2]
+
+
+async def test_a_worker_whose_passphrase_is_missing_says_so_and_ends(
+    database_url: str, broker: Broker, tmp_path: Path, started: list[WorkerProcess]
+) -> None:
+    settings = {"temporal_address": "127.0.0.1:1", "database_url": database_url, "ca_dir": tmp_path}
+    started.append(WorkerProcess(tmp_path, **settings))
+    assert await asyncio.to_thread(started[0].process.wait, READY_SECONDS) == 1
+    assert "TIDEGATE_CA_PASSPHRASE_FILE" in started[0].log.read_text()
 
 
 async def check_metrics(ours: int, temporals: int) -> None:

@@ -1,9 +1,10 @@
-"""`python -m tests.replay.record`: saves histories of both workflows, one file per workflow and scenario.
+"""`python -m tests.replay.record`: saves histories of all workflows, one file per workflow and scenario.
 
 Run it when a release is made, with a new prefix; never to make a failing replay pass: a saved history that no longer
 replays is a rollout in the field that a deployment would wedge. So a file that exists is left as it is.
 
-Most scenarios run on the time-skipping server; those of tests.replay.scenarios on the real one.
+Most scenarios run on the time-skipping server; those of tests.replay.scenarios on the real one. Those of devices' lives
+are tests.replay.life_scenarios', and are named `<Workflow>/<scenario>`.
 """
 
 import asyncio
@@ -24,6 +25,7 @@ from models.rollout import (
     PromoteRolloutInput,
     ResumeRolloutInput,
 )
+from tests.replay.life_scenarios import LIVES
 from tests.replay.scenarios import REAL
 from tests.workflow.conftest import BINARIES, NO_SOAK, THREE_WAVES, SkippingServers, Stage
 from tests.workflow.scripted import ScriptedRollout
@@ -110,6 +112,12 @@ async def record(environment: WorkflowEnvironment, scenario: str) -> list[Path]:
     return [path for path in saved if path is not None]
 
 
+async def record_life(environment: WorkflowEnvironment, workflow: str, scenario: str) -> Path | None:
+    """Run one scenario of a device's life, and save its history. None: it exists, and is kept."""
+    ended = await LIVES[workflow][scenario](environment)
+    return save(workflow, scenario, (await ended.fetch_history()).to_json())
+
+
 def save(workflow: str, scenario: str, history: str) -> Path | None:
     """Write one history, without what tells of the machine it was recorded on. None: it exists, and is kept."""
     path = HISTORIES / workflow / f"{RELEASE}-{scenario}.json"
@@ -128,9 +136,15 @@ def _anonymous(value: object) -> object:
 
 async def main(wanted: list[str]) -> None:
     """Record the scenarios named, or all."""
-    names, servers = wanted or [*SCENARIOS, *REAL], SkippingServers()
+    lives = [(workflow, scenario) for workflow, scenarios in LIVES.items() for scenario in scenarios]
+    names = wanted or [*SCENARIOS, *REAL, *("/".join(life) for life in lives)]
+    servers = SkippingServers()
     for scenario in (name for name in names if name in SCENARIOS):
         for path in await record(await servers.get(), scenario):
+            print(path.relative_to(HISTORIES))
+    for workflow, scenario in (life for life in lives if "/".join(life) in names):
+        path = await record_life(await servers.get(), workflow, scenario)
+        if path is not None:
             print(path.relative_to(HISTORIES))
     await servers.discard()
     async with await WorkflowEnvironment.start_local(

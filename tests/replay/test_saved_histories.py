@@ -1,17 +1,21 @@
 """Every saved history replays on today's workflows; a workflow that asks in another order does not."""
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 from temporalio import workflow
 from temporalio.client import WorkflowHistory
+from temporalio.common import RawValue
 from temporalio.contrib.pydantic import pydantic_data_converter
 from temporalio.worker import Replayer
 
 from models.rollout import RunWaveInput, RunWaveResult, StartRolloutInput
+from tests.replay.life_scenarios import LIVES
 from tests.replay.record import SCENARIOS
 from tests.replay.scenarios import REAL
+from worker import LIFECYCLE_WORKFLOWS
 from workflows.rollout import RolloutWorkflow
 from workflows.sandbox import runner
 from workflows.wave import WaveWorkflow
@@ -36,7 +40,7 @@ def test_there_are_histories_of_both_workflows_for_every_way_to_end() -> None:
 
 @pytest.mark.parametrize("path", SAVED, ids=lambda path: f"{path.parent.name}/{path.stem}")
 async def test_a_saved_history_replays(path: Path) -> None:
-    await replayer(RolloutWorkflow, WaveWorkflow).replay_workflow(history(path))
+    await replayer(RolloutWorkflow, WaveWorkflow, *LIFECYCLE_WORKFLOWS).replay_workflow(history(path))
 
 
 @workflow.defn(name="WaveWorkflow", sandboxed=False)
@@ -58,10 +62,19 @@ class SleepyRollout:
         await workflow.sleep(1)
 
 
+@workflow.defn(dynamic=True, sandboxed=False)
+class SleepyLife:
+    """The same of any other."""
+
+    @workflow.run
+    async def run(self, asked: Sequence[RawValue]) -> None:
+        await workflow.sleep(1)
+
+
 @pytest.mark.parametrize("path", SAVED, ids=lambda path: f"{path.parent.name}/{path.stem}")
 async def test_a_changed_order_of_steps_does_not_replay(path: Path) -> None:
     with pytest.raises(workflow.NondeterminismError):
-        await replayer(SleepyRollout, SleepyWave).replay_workflow(history(path))
+        await replayer(SleepyRollout, SleepyWave, SleepyLife).replay_workflow(history(path))
 
 
 @pytest.mark.parametrize("path", SAVED, ids=lambda path: f"{path.parent.name}/{path.stem}")
@@ -73,3 +86,9 @@ def test_a_saved_history_tells_nothing_of_the_machine_it_was_recorded_on(path: P
 def test_every_scenario_has_its_histories() -> None:
     names = {path.stem.removeprefix("0.1.0-") for path in SAVED if path.parent.name == "RolloutWorkflow"}
     assert names == {*SCENARIOS, *REAL}
+
+
+def test_every_way_for_a_lifecycle_workflow_to_end_has_its_history() -> None:
+    for name, scenarios in LIVES.items():
+        saved = {path.stem.removeprefix("0.1.0-") for path in SAVED if path.parent.name == name}
+        assert saved == set(scenarios), name

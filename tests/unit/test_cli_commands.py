@@ -59,7 +59,14 @@ def closed_port() -> int:
 def test_the_commands_are_those_of_the_documentation() -> None:
     assert {" ".join(words) for words in LEAVES} == {
         "up", "demo", "migrate",
-        "device import", "device list", "device show",
+        "ca init", "ca show", "ca roll", "ca retire", "ca crl",
+        "broker list", "broker setup",
+        "claim create", "claim list", "claim show", "claim disable", "claim allow",
+        "enrolment list", "enrolment show", "enrolment approve", "enrolment reject", "enrolment resolve",
+        "device import", "device list", "device show", "device lookup", "device enroll",
+        "device configure", "device configuration", "device certificates", "device rotate", "device revoke",
+        "device decommission", "device release", "rotation start", "rotation status",
+        "audit", "alert list", "alert acknowledge", "alert resolve",
         "release keygen", "release publish", "release list", "release show",
         "rollout start", "rollout watch", "rollout show", "rollout list", "rollout pause", "rollout resume",
         "rollout approve", "rollout promote", "rollout abort", "rollout adjust", "rollout device", "rollout devices",
@@ -102,8 +109,17 @@ def test_wrong_usage_has_status_2(words: tuple[str, ...]) -> None:
 # --- nobody answers --------------------------------------------------------------------------------------------------
 
 NEEDS_DATABASE = [
+    ("ca", "init"),
+    ("ca", "show"),
+    ("ca", "retire", "abc"),
+    ("ca", "crl"),
+    ("broker", "list"),
     ("device", "list"),
     ("device", "show", "m1"),
+    ("device", "lookup", "m1"),
+    ("audit",),
+    ("alert", "list"),
+    ("alert", "resolve", "1"),
     ("release", "list"),
     ("rollout", "list"),
     ("rollout", "watch", "a"),

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -30,14 +30,16 @@ from workflows.sandbox import runner
 
 
 @asynccontextmanager
-async def life_workers(client: Client, activities: list[Any], **settings: Any) -> AsyncIterator[None]:
-    """Workers of the queues that lifecycle workflows use, as worker.py has them."""
+async def life_workers(
+    client: Client, activities: list[Any], workflows: Sequence[type] = (), **settings: Any
+) -> AsyncIterator[None]:
+    """Workers of the queues that lifecycle workflows use, as worker.py has them; for further `workflows` too."""
     async with AsyncExitStack() as stack:
-        for queue in (options.TASK_QUEUE, options.DISPATCH_QUEUE, options.CA_QUEUE):
+        for queue in (options.TASK_QUEUE, options.DISPATCH_QUEUE, options.CA_QUEUE, options.ARTIFACTS_QUEUE):
             worker = Worker(
                 client,
                 task_queue=queue,
-                workflows=LIFECYCLE_WORKFLOWS if queue == options.TASK_QUEUE else [],
+                workflows=[*LIFECYCLE_WORKFLOWS, *workflows] if queue == options.TASK_QUEUE else [],
                 activities=activities,
                 workflow_runner=runner(),
                 **settings,

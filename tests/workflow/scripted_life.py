@@ -12,7 +12,7 @@ from temporalio import activity
 from temporalio.exceptions import ApplicationError
 
 from models.errors import RefusedError
-from models.identity import DecommissionDeviceInput, RotateCertificateInput
+from models.identity import DecommissionDeviceInput, PublishCrlsInput, PublishCrlsResult, RotateCertificateInput
 from models.lifecycle import (
     AskForRotationInput,
     AskToWipeInput,
@@ -174,11 +174,12 @@ class ScriptedLife:
         return RetiredDevice(revision=12, wiped=self.wiped, executions_removed=1, certificates_revoked=2)
 
     @activity.defn(name="publish_crls")
-    async def publish_crls(self) -> None:
+    async def publish_crls(self, asked: PublishCrlsInput) -> PublishCrlsResult:
         """Noted, or there is no key."""
-        self._note("crl")
+        self._note(asked)
         if not self.signs:
             raise ApplicationError("no key of the CA is here", non_retryable=True)
+        return PublishCrlsResult()
 
     @activity.defn
     async def await_brokers(self, asked: AwaitBrokersInput) -> BrokersSeen:
