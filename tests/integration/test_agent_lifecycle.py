@@ -28,6 +28,7 @@ from models.identity import ClaimBatchSpec
 from models.settings import Settings
 from store.engine import Database
 from tests.cli_runner import Ran, run
+from tests.conftest import mosquitto_binary
 
 SERIAL, DEVICE = "SN-000001", "motor-SN-000001"
 
@@ -119,9 +120,11 @@ def folder(tmp_path: Path) -> Iterator[Path]:
         parent.chmod(parent.stat().st_mode & ~stat.S_IXOTH)
 
 
-@pytest_asyncio.fixture
-async def life(folder: Path) -> AsyncIterator[Life]:
-    async with EmbeddedStack(folder / "state", settings=Settings()) as stack:
+@pytest_asyncio.fixture(params=["mosquitto", "nats"])
+async def life(folder: Path, request: pytest.FixtureRequest) -> AsyncIterator[Life]:
+    if request.param == "mosquitto" and mosquitto_binary() is None:
+        pytest.skip("Mosquitto is not installed")
+    async with EmbeddedStack(folder / "state", settings=Settings(), broker=request.param) as stack:
         life = Life(folder, stack)
         await life.make_batch()
         yield life
