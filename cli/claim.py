@@ -41,7 +41,7 @@ async def create(
     name: Name,
     type_: Annotated[str, typer.Option("--type", metavar="TYPE", help="Device type of those that enrol.")],
     site: Annotated[str, typer.Option(metavar="SITE", help="Site of those that enrol.")],
-    max_: Annotated[int, typer.Option("--max", min=1, metavar="N", help="Most devices that may enrol.")],
+    max_: Annotated[int, typer.Option("--max-devices", min=1, metavar="N", help="Most devices that may enrol.")],
     out: Annotated[Path, typer.Option(metavar="DIR", help="Writes claim.key, claim.pem and ca.pem there.")],
     expires: Annotated[
         str, typer.Option(metavar="WHEN", help="Nobody enrols after: 90d from now, or 2027-01-31.")

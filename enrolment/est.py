@@ -5,6 +5,7 @@ What comes is base64 of DER; bare DER and PEM are taken, too. What goes out is b
 sentence.
 """
 
+import asyncio
 import base64
 
 from cryptography import x509
@@ -18,6 +19,8 @@ from pki.request import MAX_REQUEST_BYTES
 PKCS10 = "application/pkcs10"
 PKCS7 = "application/pkcs7-mime"
 PKCS7_CERTS = f"{PKCS7}; smime-type=certs-only"
+BODY_SECONDS = 20.0
+"""A modem sends two kilobytes in much less."""
 
 
 async def read_body(request: Request) -> bytes:
@@ -25,6 +28,14 @@ async def read_body(request: Request) -> bytes:
     given = request.headers.get("content-type", PKCS10).partition(";")[0].strip().lower()
     if given != PKCS10:
         raise InvalidInputError(f"expected Content-Type {PKCS10}, got {given[:60]!r}")
+    try:
+        async with asyncio.timeout(BODY_SECONDS):
+            return await _bounded(request)
+    except TimeoutError as error:
+        raise InvalidInputError(f"the request's body did not come within {BODY_SECONDS:.0f} s") from error
+
+
+async def _bounded(request: Request) -> bytes:
     body = b""
     async for part in request.stream():
         body += part

@@ -172,7 +172,9 @@ class ProvisioningStore:
         async with self._db.pool.connection() as connection:
             row = await _enrolment(connection, asked.enrolment_no, lock=True)
             if row["state"] not in ("requested", "waiting", "issued"):
-                return UndoProvisioningResult(revoked=0)
+                # Whoever lost the first answer still has to hear that there is something to publish.
+                gone = await _count_revoked(connection, row["certificate_id"])
+                return UndoProvisioningResult(revoked=gone if row["state"] == "failed" else 0)
             revoked: list[str] = []
             if row["certificate_id"] is not None:
                 revoked = await revoke(
@@ -415,6 +417,14 @@ async def _device(connection: AsyncConnection, serial_number: str) -> dict[str, 
             (serial_number,),
         )
         return await cursor.fetchone()
+
+
+async def _count_revoked(connection: AsyncConnection, certificate_id: str | None) -> int:
+    cursor = await connection.execute(
+        "SELECT count(*) FROM certificates WHERE certificate_id = %s AND state = 'revoked'", (certificate_id,)
+    )
+    row = await cursor.fetchone()
+    return int(row[0]) if row else 0
 
 
 async def _tombstone(connection: AsyncConnection, serial_number: str) -> datetime | None:

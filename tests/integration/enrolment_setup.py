@@ -21,7 +21,7 @@ from temporalio.client import Client
 from temporalio.service import RPCError
 from temporalio.worker import Worker
 
-from activities.authorities import ensure_authorities
+from activities.authorities import AuthorityActivities, ensure_authorities
 from activities.enrolment_hook import EnrolmentHook
 from activities.provisioning import IssuingActivities, ProvisioningActivities
 from activities.relay import OutboxRelay
@@ -31,7 +31,7 @@ from enrolment.service import EnrolmentService
 from enrolment.tls import PeerCertificateProtocol, server_context
 from enrolment.trust import Trust
 from enrolment.waiting import Changes
-from models.identity import AuthorityKind, AuthorityView, ClaimBatchSpec, DeviceHappening, PublishCrlsInput
+from models.identity import AuthorityKind, AuthorityView, ClaimBatchSpec, DeviceHappening
 from pki.authority import Authority, certificate_id, pem_of, read_certificate
 from pki.issue import issue_claim, issue_service
 from pki.pkcs7 import read_certs_only
@@ -197,12 +197,13 @@ async def serving(
 
 @asynccontextmanager
 async def working(
-    db: Database, client: Client, pki: Pki, *, hook: str | None = None, listed: bool = True
+    db: Database, client: Client, pki: Pki, *, hook: str | None = None, listed: bool = True, cached: int = 100
 ) -> AsyncIterator[None]:
     """Workers with the activities of provisioning and the CA's key, and the relay of the outbox. `listed`: what runs
     in the end can be listed, and is ended."""
     store = ProvisioningStore(db)
     provisioning = ProvisioningActivities(store, EnrolmentHook(hook))
+    authorities = AuthorityActivities(db, pki.keys)
     issuing = IssuingActivities(store, CertificateSigner(db, pki.keys))
     stop = asyncio.Event()
     relay = asyncio.create_task(OutboxRelay(db, client, options.DEVICE_EVENT).run(stop))
@@ -218,11 +219,12 @@ async def working(
             provisioning.undo_provisioning,
         ],
         workflow_runner=runner(),
+        max_cached_workflows=cached,
     )
     ca = Worker(
         client,
         task_queue=options.CA_QUEUE,
-        activities=[issuing.issue_certificate, issuing.reissue_certificate, *publishing(db, pki)],
+        activities=[issuing.issue_certificate, issuing.reissue_certificate, authorities.publish_crls],
     )
     async with light, ca:
         yield
@@ -244,17 +246,6 @@ async def _end_what_runs(client: Client) -> None:
         if not running:
             return
         await asyncio.sleep(0.05)
-
-
-def publishing(db: Database, pki: Pki) -> list[Any]:
-    """What publishes revocation lists."""
-    from temporalio import activity
-
-    @activity.defn(name=options.PUBLISH_CRLS)
-    async def publish(_asked: PublishCrlsInput) -> None:
-        return None
-
-    return [publish]
 
 
 async def tell(db: Database, device_id: str, *happenings: DeviceHappening, **detail: Any) -> None:

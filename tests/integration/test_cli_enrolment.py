@@ -53,7 +53,18 @@ class Starter:
         """A batch's claim."""
         folder = self.folder / out
         await self(
-            "claim", "create", name, "--type", "motor", "--site", "plant-1", "--max", 10, "--out", folder, *options
+            "claim",
+            "create",
+            name,
+            "--type",
+            "motor",
+            "--site",
+            "plant-1",
+            "--max-devices",
+            10,
+            "--out",
+            folder,
+            *options,
         )
         return folder
 
@@ -148,10 +159,24 @@ async def test_a_conflict_is_resolved_in_favour_of_the_new_key(starter: Starter,
     [
         (["claim", "show", "nothing"], 2, "no claim batch 'nothing'"),
         (["enrolment", "show", 7], 2, "no enrolment 7"),
-        (["claim", "create", "a/b", "--type", "m", "--site", "s", "--max", 1, "--out", "x"], 2, "name"),
+        (["claim", "create", "a/b", "--type", "m", "--site", "s", "--max-devices", 1, "--out", "x"], 2, "name"),
         (["device", "enroll", "SN-1", "--claim", "nowhere", "--out", "x"], 2, "it has no claim.key"),
         (
-            ["claim", "create", "b", "--type", "m", "--site", "s", "--max", 1, "--out", "x", "--expires", "2020-01-01"],
+            [
+                "claim",
+                "create",
+                "b",
+                "--type",
+                "m",
+                "--site",
+                "s",
+                "--max-devices",
+                1,
+                "--out",
+                "x",
+                "--expires",
+                "2020-01-01",
+            ],
             2,
             "is over",
         ),

@@ -62,7 +62,7 @@ async def test_a_device_enrols_speaks_is_revoked_and_is_thrown_out(tmp_path: Pat
     await asyncio.to_thread(make_passable, tmp_path / "state")
     async with EmbeddedStack(tmp_path / "state", settings=Settings()) as stack:
         await starter(
-            stack, "claim", "create", "batch", "--type", "motor", "--site", "berlin", "--max", "5", "--out", str(tmp_path / "claim")
+            stack, "claim", "create", "batch", "--type", "motor", "--site", "berlin", "--max-devices", "5", "--out", str(tmp_path / "claim")
         )  # fmt: skip
         made = await starter(
             stack, "device", "enroll", "SN-1", "--claim", str(tmp_path / "claim"), "--out", str(tmp_path / "device")

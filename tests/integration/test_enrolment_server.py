@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import subprocess
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import httpx
@@ -11,6 +12,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import NameOID
 from temporalio.client import Client
 
+from enrolment import est
 from models.identity import AuthorityKind, DeviceHappening, ProvisionOutcome, RevocationReason
 from pki.authority import make_authority, pem_of
 from pki.pkcs7 import read_certs_only
@@ -34,6 +36,7 @@ from tests.integration.enrolment_setup import (
     serving,
     tell,
     value,
+    working,
     write_pair,
 )
 
@@ -112,6 +115,19 @@ async def test_what_is_no_request_gets_400_and_a_sentence(door: Door, db: Databa
     assert await value(db, "SELECT count(*) FROM enrolments") == 0
 
 
+async def test_a_body_that_does_not_come_is_not_waited_for_long(
+    door: Door, db: Database, pki: Pki, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def drip() -> AsyncIterator[bytes]:
+        yield b"MIIB"
+        await asyncio.sleep(5)
+
+    monkeypatch.setattr(est, "BODY_SECONDS", 0.3)
+    claim = door.client(await pki.batch(db))
+    answer = await claim.post(ENROLL, content=drip(), headers=PKCS10)
+    assert (answer.status_code, "did not come within" in answer.text) == (400, True)
+
+
 async def test_cacerts_needs_no_certificate_and_gives_the_service_and_device_authorities(door: Door, pki: Pki) -> None:
     answer = await door.client().get(CACERTS)
     assert (answer.status_code, answer.headers["content-type"]) == (200, "application/pkcs7-mime")
@@ -187,6 +203,31 @@ async def test_a_revoked_device_certificate_is_refused_from_the_commit_on(door: 
     assert await value(db, "SELECT count(*) FROM certificates") == 1
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("UPDATE certificates SET not_after = now() - interval '1 s'", "this certificate of SN-1 has expired"),
+        ("UPDATE devices SET status = 'retired'", "device SN-1 is retired"),
+        ("UPDATE devices SET barred_at = now(), barred_reason = 'cloned'", "device SN-1 is barred: cloned"),
+        (
+            "UPDATE authorities SET state = 'retired' WHERE kind = 'device'",
+            "the authority of this certificate is retired",
+        ),
+    ],
+)
+async def test_a_device_certificate_that_is_worth_nothing_any_more_gets_a_sentence(
+    door: Door, db: Database, pki: Pki, change: str, said: str
+) -> None:
+    device = door.client(await enrolled(door, door.client(await pki.batch(db))))
+    async with db.pool.connection() as connection:
+        await connection.execute(change.encode())
+    answers = [
+        await device.post(CONFIRM),
+        await device.post(REENROLL, content=body_for("SN-1", new_key()), headers=PKCS10),
+    ]
+    assert [(answer.status_code, answer.text) for answer in answers] == [(403, f"{said}\n")] * 2
+
+
 async def test_mutant_without_the_look_at_the_registry_a_revoked_device_gets_its_next_certificate(
     door: Door, db: Database, pki: Pki, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -257,8 +298,6 @@ async def test_a_device_that_never_uses_its_certificates_gets_only_a_few(door: D
 async def test_a_request_that_takes_long_is_told_to_come_again_and_joins_what_runs(
     db: Database, temporal: Client, pki: Pki
 ) -> None:
-    from tests.integration.enrolment_setup import working
-
     key = new_key()
     async with serving(db, temporal, pki, wait_seconds=0.3) as door:
         claim = door.client(await pki.batch(db))
@@ -327,6 +366,27 @@ async def test_a_new_authority_is_believed_without_a_restart(door: Door, db: Dat
     await asyncio.sleep(2.5)
     client = door.client(write_pair(pki.folder, "new-claim", pem_of(claim), key))
     certificate_of(await client.post(ENROLL, content=body_for("SN-1", new_key()), headers=PKCS10))
+
+
+async def test_a_worker_that_is_gone_between_two_steps_is_taken_over_from(
+    db: Database, temporal: Client, pki: Pki
+) -> None:
+    key = new_key()
+    async with serving(db, temporal, pki) as door:
+        claim = door.client(await pki.batch(db, config={"interval": 5}))
+        async with working(db, temporal, pki, listed=False, cached=0):
+            certificate_of(await claim.post(ENROLL, content=body_for("SN-1", key), headers=PKCS10))
+        await tell(db, "SN-1", DeviceHappening.CONNECTED)
+        async with working(db, temporal, pki, listed=False, cached=0):
+            await until(db, "SELECT count(*) = 0 FROM workflow_outbox")
+        await tell(db, "SN-1", DeviceHappening.CONFIGURED, version=1)
+        async with working(db, temporal, pki, listed=False, cached=0):
+            await until(db, "SELECT status = 'configured' FROM devices")
+        await tell(db, "SN-1", DeviceHappening.HEARTBEAT)
+        async with working(db, temporal, pki, cached=0):
+            result = await asyncio.wait_for(temporal.get_workflow_handle("provision:SN-1").result(), 20)
+    assert result["outcome"] == ProvisionOutcome.ACTIVE
+    assert await column(db, "SELECT state FROM certificates") == ["valid"]
 
 
 async def until(db: Database, statement: str, seconds: float = 10) -> None:

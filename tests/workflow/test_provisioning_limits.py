@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 import pytest_asyncio
 from temporalio.client import WorkflowHandle, WorkflowUpdateFailedError
+from temporalio.contrib.pydantic import pydantic_data_converter
 from temporalio.exceptions import ApplicationError
 from temporalio.testing import WorkflowEnvironment
+from temporalio.worker import Replayer
 
 from models.identity import (
     Decision,
@@ -21,11 +23,13 @@ from models.identity import (
     ProvisionOutcome,
 )
 from store.engine import Database
+from store.provisioning import ProvisioningStore
 from tests.integration.enrolment_setup import Pki, column, new_key, tell, value, working
 from tests.integration.test_enrolment_defences import ask
 from tests.workflow.conftest import SkippingServers
 from workflows.client import start_provisioning
 from workflows.provisioning import ProvisioningWorkflow
+from workflows.sandbox import runner
 
 Handle = WorkflowHandle[ProvisioningWorkflow, ProvisionDeviceResult]
 
@@ -76,6 +80,7 @@ async def undone(handle: Handle, db: Database, reason: str, after: timedelta) ->
     """It failed for this reason, after this time, and nothing of it holds any more."""
     result = await handle.result()
     assert (result.outcome, result.reason) == (ProvisionOutcome.FAILED, reason)
+    await replays(handle)
     described = await handle.describe()
     assert described.close_time is not None
     assert timedelta(0) <= described.close_time - described.start_time - after < timedelta(minutes=1)
@@ -84,11 +89,20 @@ async def undone(handle: Handle, db: Database, reason: str, after: timedelta) ->
     assert await value(db, row, reason)
     assert await value(db, "SELECT state = 'failed' AND reason = %s FROM enrolments", reason)
     assert await value(db, "SELECT count(*) FROM device_waits") == 0
+    assert await value(db, "SELECT revoked FROM crls ORDER BY number DESC LIMIT 1") == 1, "the list is out already"
     assert (
         await value(db, "SELECT count(*) FROM audit_events WHERE action = 'enrolment.failed' AND reason = %s", reason)
         == 1
     )
     return result
+
+
+async def replays(handle: Handle) -> None:
+    """A worker that has not seen it comes to the same end."""
+    replayer = Replayer(
+        workflows=[ProvisioningWorkflow], workflow_runner=runner(), data_converter=pydantic_data_converter
+    )
+    await replayer.replay_workflow(await handle.fetch_history())
 
 
 async def test_a_device_that_never_connects_is_undone_after_a_day(
@@ -191,6 +205,7 @@ async def test_an_approved_device_gets_its_certificate_in_the_name_of_who_approv
     await until_state(db, "issued")
     await told(db, "WAIT-2", DeviceHappening.CONNECTED, DeviceHappening.HEARTBEAT)
     assert (await handle.result()).outcome is ProvisionOutcome.ACTIVE
+    await replays(handle)
     assert await value(db, "SELECT decided_by FROM enrolments") == "alice"
     assert await value(db, "SELECT actor FROM audit_events WHERE action = 'certificate.issued'") == "alice"
 
@@ -271,3 +286,61 @@ async def test_a_device_that_is_barred_while_it_is_provisioned_does_not_become_a
     assert result.outcome is ProvisionOutcome.FAILED
     assert "cloned" in result.reason
     assert await value(db, "SELECT status FROM devices") == "error"
+
+
+# --- interrupted at every step ---------------------------------------------------------------------------------------------
+
+
+class Lost(Exception):
+    """The worker is gone after what it did was committed and before anybody heard of it."""
+
+
+def lose_first(patch: pytest.MonkeyPatch, step: str) -> list[str]:
+    """The first answer of this step is lost; what was done, in order."""
+    done: list[str] = []
+    real = getattr(ProvisioningStore, step)
+
+    async def lossy(*arguments: Any) -> Any:
+        answer = await real(*arguments)
+        done.append(step)
+        if len(done) == 1:
+            raise Lost
+        return answer
+
+    patch.setattr(ProvisioningStore, step, lossy)
+    return done
+
+
+@pytest.mark.parametrize("step", ["check", "issue", "mark_configured", "activate"])
+async def test_a_step_that_is_done_twice_because_its_answer_was_lost_changes_nothing(
+    skipping: WorkflowEnvironment, db: Database, pki: Pki, step: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done = lose_first(monkeypatch, step)
+    await pki.batch(db, config={"interval": 5})
+    handle = await started(skipping, db, "TWICE-1")
+    await until_state(db, "issued")
+    await told(db, "TWICE-1", DeviceHappening.CONNECTED)
+    await told(db, "TWICE-1", DeviceHappening.CONFIGURED, version=1)
+    if step == "mark_configured":
+        while len(done) < 2:
+            await asyncio.sleep(0.02)
+    await told(db, "TWICE-1", DeviceHappening.HEARTBEAT)
+    assert (await handle.result()).outcome is ProvisionOutcome.ACTIVE
+    assert done == [step, step]
+    assert await column(db, "SELECT state FROM certificates") == ["valid"]
+    assert await column(db, "SELECT state FROM enrolments") == ["active"]
+    assert await value(db, "SELECT enrolled FROM claim_batches") == 1
+    assert await value(db, "SELECT status FROM devices") == "active"
+    assert await value(db, "SELECT count(*) FROM device_waits") == 0
+    twice = "SELECT action FROM audit_events GROUP BY action, subject HAVING count(*) > 1"
+    assert await column(db, twice) == []
+
+
+async def test_an_undoing_that_is_done_twice_changes_nothing(
+    skipping: WorkflowEnvironment, db: Database, pki: Pki, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done = lose_first(monkeypatch, "undo")
+    await pki.batch(db)
+    handle = await started(skipping, db, "TWICE-2")
+    await undone(handle, db, "TWICE-2 did not connect within 1d", timedelta(days=1))
+    assert done == ["undo", "undo"]
