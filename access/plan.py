@@ -24,6 +24,7 @@ from access.mosquitto import (
     engine_acl,
 )
 from models.errors import RefusedError, VerificationError
+from models.ids import THING_NAME
 from pki.authority import read_certificate
 from pki.revocation import CrlFacts, verify_crl
 from store.brokers import AccessSnapshot, TrustedAuthority
@@ -82,11 +83,13 @@ def plan_access(snapshot: AccessSnapshot, installed: Mapping[str, str], broker_i
 
     Raises RefusedError when no CA has a usable list and none is installed: a broker would check nothing.
     """
+    # A name that is none is in no certificate of ours; it must not keep the others from being denied.
+    denied = frozenset(name for name in snapshot.denied if THING_NAME.fullmatch(name))
     before = _PEM.findall(installed.get(DEVICE_CRLS, ""))
     problems: list[Problem] = []
     listed = [one for authority in snapshot.authorities if (one := _choose(authority, before, now, problems))]
     problems += (problem for one in listed if (problem := _half_life(one, now)))
-    files = _lists(listed, installed, problems) | {DEVICE_ACL: device_acl(snapshot.denied)}
+    files = _lists(listed, installed, problems) | {DEVICE_ACL: device_acl(denied)}
     generation = hashlib.sha256("\0".join(files.values()).encode()).hexdigest()[:16]
     canary = canary_topic(broker_id, generation)
     now_listed = {(one.authority.authority_id, serial) for one in listed for serial in one.facts.serials}
@@ -94,8 +97,8 @@ def plan_access(snapshot: AccessSnapshot, installed: Mapping[str, str], broker_i
         revision=snapshot.revision,
         files=files | {ENGINE_ACL: engine_acl(canary)},
         canary=canary,
-        kicks=_newly_denied(snapshot, installed) | _newly_listed(snapshot, listed, before, now),
-        denied=snapshot.denied,
+        kicks=(denied - denied_in(installed.get(DEVICE_ACL, ""))) | _newly_listed(snapshot, listed, before, now),
+        denied=denied,
         unlisted=_unlisted(snapshot, now_listed),
         problems=tuple(problems),
         crl_next_update=min((one.facts.next_update for one in listed), default=None),
@@ -168,10 +171,6 @@ def _half_life(one: _Listed, now: datetime) -> Problem | None:
         f"{hours:.1f} h, and then no device can connect; is a worker with the CA's key running? 'starter.py ca crl' "
         "signs one",
     )
-
-
-def _newly_denied(snapshot: AccessSnapshot, installed: Mapping[str, str]) -> frozenset[str]:
-    return snapshot.denied - denied_in(installed.get(DEVICE_ACL, ""))
 
 
 def _newly_listed(snapshot: AccessSnapshot, listed: list[_Listed], before: list[str], now: datetime) -> frozenset[str]:

@@ -1,8 +1,9 @@
-"""`python -m bench`: measured rollouts and lookups on this machine.
+"""`python -m bench`: measured rollouts, lookups and provisioning on this machine.
 
     python -m bench rollout --devices 2000 --json figures.json     one rollout
     python -m bench lookups --json figures.json                    looking devices up, with and without Redis
-    python -m bench all --folder bench-results                     500, 2,000 and 10,000 devices, and the lookups
+    python -m bench provisioning --json figures.json               devices that enrol, until all are active
+    python -m bench all --folder bench-results                     500, 2,000 and 10,000 devices, and the other two
 
 Exit status 1: a rollout did not succeed, a count or an answer was wrong. A target of speed that is missed is reported, not failed:
 it depends on the machine.
@@ -20,7 +21,7 @@ import orjson
 import uvloop
 from rich.console import Console
 
-from bench import lookups
+from bench import lookups, provisioning
 from bench.report import complete, show
 from bench.rollout import IN_FLIGHT, BenchConfig, run
 from models.errors import TidegateError
@@ -40,7 +41,8 @@ def main() -> int:
     parts: dict[str, Sequence[Part]] = {
         "rollout": [_rollouts],
         "lookups": [_lookups],
-        "all": [_rollouts, _lookups],
+        "provisioning": [_provisioning],
+        "all": [_rollouts, _lookups, _provisioning],
     }
     try:
         right = [part(options, console) for part in parts[options.command]]
@@ -75,6 +77,16 @@ def _lookups(options: argparse.Namespace, console: Console) -> bool:
     return bool(figures["wrong_answers"] == 0)
 
 
+def _provisioning(options: argparse.Namespace, console: Console) -> bool:
+    whole = options.command == "all"
+    config = provisioning.ProvisioningConfig() if whole else provisioning.ProvisioningConfig.of(options)
+    console.print(f"provisioning of {config.devices:,} devices ...")
+    figures = asyncio.run(provisioning.run(config))
+    _save(options, "provisioning", figures)
+    provisioning.show(console, figures)
+    return provisioning.is_right(figures)
+
+
 def is_right(figures: dict[str, Any]) -> bool:
     """Whether the rollout did what it should, however fast."""
     return bool(
@@ -107,8 +119,17 @@ def _parser() -> argparse.ArgumentParser:
     )
     look.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
     lookups.LookupsConfig.add_arguments(look)
+    enrol = commands.add_parser(
+        "provisioning",
+        help="devices that enrol",
+        description="Devices that come for the first time, until all are active.",
+    )
+    enrol.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
+    provisioning.ProvisioningConfig.add_arguments(enrol)
     sizes = ", ".join(f"{size:,}" for size in SIZES)
-    every = commands.add_parser("all", help="all of it", description=f"Rollouts of {sizes} devices, and the lookups.")
+    every = commands.add_parser(
+        "all", help="all of it", description=f"Rollouts of {sizes} devices, lookups, and provisioning."
+    )
     every.add_argument(
         "--folder",
         type=Path,

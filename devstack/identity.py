@@ -32,9 +32,9 @@ from cryptography.hazmat.primitives.serialization import (
 )
 
 from access.mosquitto import ACCESS, CLIENT_NAMES
-from activities.authorities import ensure_authorities
+from activities.authorities import AuthorityActivities, ensure_authorities
 from devstack.state import StateDirectory, write_atomically
-from models.identity import AuthorityKind, AuthorityView
+from models.identity import AuthorityKind, AuthorityView, PublishCrlsInput
 from models.settings import Settings
 from pki.authority import Authority, pem_of, read_certificate
 from pki.issue import issue_service
@@ -97,6 +97,8 @@ class StackIdentity:
         now = datetime.now(UTC)
         lifetime = timedelta(hours=self._settings.crl_hours)
         found = await ensure_authorities(db, keys, now, ACTOR, crl_lifetime=lifetime)
+        # A stack that was down for longer than a list lives would start with a broker that lets nobody in.
+        await AuthorityActivities(db, keys, lifetime).publish(PublishCrlsInput(actor=ACTOR))
         trusted = await AuthorityStore(db).trusted(AuthorityKind.SERVICE)
         await asyncio.to_thread(self._issue_all, keys, found[AuthorityKind.SERVICE], trusted, now)
 

@@ -19,7 +19,7 @@ from devstack.broker import MAX_PACKET_BYTES, mosquitto_binary, mqtt_answers
 from devstack.identity import BROKER, StackIdentity
 from devstack.interface import Launch, Piece
 from devstack.postgres import make_passable
-from devstack.state import StateDirectory
+from devstack.state import StateDirectory, write_atomically
 from store.brokers import BrokerStore
 from store.engine import Database
 
@@ -69,8 +69,7 @@ class Mosquitto(Piece):
         self._make_folders()
         server = self._identity.files(BROKER)
         for path in (server.certificate, server.private_key, self._identity.ca):
-            shutil.copyfile(path, self._folder / path.name)
-            (self._folder / path.name).chmod(0o600)
+            write_atomically(self._folder / path.name, path.read_text())
         files = MosquittoFiles(
             folder=self.access_folder,
             certificate=self._folder / server.certificate.name,

@@ -163,11 +163,11 @@ async def ask_to_wipe(asked: AskToWipeInput) -> WipeAsked:
 
 
 async def retire_device(asked: RetireDeviceInput) -> RetiredDevice:
-    """The one transaction; it waits for a plan that is being made."""
+    """The one transaction. Where it waits for a long plan, a second attempt finds that the first has done it."""
     return await workflow.execute_activity_method(
         DecommissionActivities.retire_device,
         asked,
-        start_to_close_timeout=options.PLAN_TIMEOUT,
+        start_to_close_timeout=options.SHORT_TIMEOUT,
         retry_policy=options.SHORT_RETRY,
         summary="revoke, bar, retire, bury",
     )

@@ -3,10 +3,14 @@
 The plan is a folder with one empty file for each death to die: `<workflow id, quoted>@<activity id>@<point>`. Points:
 `before` (the former activity has been reported, this one has done nothing) and `after` (it has done all it does, and
 nobody has been told). The file is removed first, so that the next worker gets past it.
+
+Temporal finds out about a dead worker when an activity's time is over; that time is cut short here, so that a test of
+many deaths does not consist of waiting.
 """
 
 import os
 import signal
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -16,7 +20,13 @@ from temporalio.client import Client, Interceptor
 from temporalio.worker import ActivityInboundInterceptor, ExecuteActivityInput
 from temporalio.worker import Interceptor as WorkerInterceptor
 
-import worker
+from workflows import options
+
+for _name in ("SHORT_TIMEOUT", "CHECK_TIMEOUT", "SIGN_TIMEOUT"):
+    setattr(options, _name, timedelta(seconds=4))
+options.RETAINED_TIMEOUT = timedelta(seconds=15)
+
+import worker  # noqa: E402, because steps read their timeouts as they are imported
 
 PLAN = "TIDEGATE_TEST_DEATHS"
 

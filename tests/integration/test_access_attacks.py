@@ -4,6 +4,8 @@ Judged at the victim. Each attack also runs against a broker whose defence is of
 """
 
 import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 
 import aiomqtt
 import pytest
@@ -11,12 +13,13 @@ from aiomqtt import ProtocolVersion
 
 from access.mosquitto import GATEWAY
 from gateway.__main__ import CLIENT_ID
+from gateway.documents import Documents
+from gateway.service import Gateway
 from models.protocol import REQUEST_FILTERS, jobs_topic
 from store.engine import Database
 from tests.conftest import mosquitto_binary
-from tests.integration.access_setup import VERSIONS, Stage, ear, stage, without, without_acl
-from tests.integration.rollout_setup import prepare
-from tests.integration.test_gateway_jobs import Documents, Gateway
+from tests.integration.access_setup import VERSIONS, Stage, ear, stage, without, without_acl, without_start
+from tests.integration.rollout_setup import Fleet, prepare
 from transport.connection import Connection
 
 pytestmark = pytest.mark.skipif(mosquitto_binary() is None, reason="Mosquitto is not installed")
@@ -85,43 +88,74 @@ async def victim_is_reached(ground: Stage, reached: object) -> None:
     assert await reached.hears("real")  # type: ignore[attr-defined]
 
 
-async def test_a_spoofed_heartbeat_does_not_reach_the_registry_and_does_without_the_acl(db: Database) -> None:
-    beat = '{"deviceId":"motor-1","timestamp":1767225600000,"firmwareVersion":"9.9.9"}'
+BEAT = '{"deviceId":"%s","timestamp":1767225600000,"firmwareVersion":"9.9.9"}'
 
-    async def seen_after(mutate: object) -> set[str]:
-        fleet = await prepare(db, 2)
-        async with stage(db, mutate) as ground:  # type: ignore[arg-type]
-            attacker, settings = await ground.device("motor-2"), ground.settings(GATEWAY)
-            connection, stop = Connection(GATEWAY, keep_session=True), asyncio.Event()
-            gateway = Gateway(db, connection, Documents("http://127.0.0.1:1/", fleet.order_key, 3600), settings)
-            await connection.open(settings, REQUEST_FILTERS, gateway.receive)
-            running = asyncio.create_task(gateway.run(stop))
-            own = beat.replace("motor-1", "motor-2")
-            await say(
-                ground,
-                attacker,
-                ProtocolVersion.V311,
-                ("devices/motor-1/heartbeat", beat),
-                ("devices/motor-2/heartbeat", own),
-            )
-            seen: set[str] = set()
-            async with asyncio.timeout(10):
-                while "motor-2" not in seen:
-                    async with db.pool.connection() as pooled:
-                        found = await pooled.execute("SELECT device_id FROM presence WHERE firmware_version = '9.9.9'")
-                        seen = {row[0] for row in await found.fetchall()}
-                    await asyncio.sleep(0.05)
-            stop.set()
-            await running
-            await connection.close()
-        return seen
 
-    assert await seen_after(lambda text: text) == {"motor-2"}
-    async with db.pool.connection() as connection:
-        await connection.execute(
-            "TRUNCATE devices, presence, releases, jobs, waves, executions, authorities, crls, certificates"
-        )
-    assert await seen_after(without_acl) == {"motor-1", "motor-2"}
+@asynccontextmanager
+async def serving(ground: Stage, fleet: Fleet) -> AsyncIterator[None]:
+    """A gateway on the engine's listener."""
+    settings, stop = ground.settings(GATEWAY), asyncio.Event()
+    connection = Connection(CLIENT_ID, keep_session=True)
+    gateway = Gateway(ground.db, connection, Documents("http://127.0.0.1:1/", fleet.order_key, 3600), settings)
+    await connection.open(settings, REQUEST_FILTERS, gateway.receive)
+    running = asyncio.create_task(gateway.run(stop))
+    try:
+        yield
+    finally:
+        stop.set()
+        await running
+        await connection.close()
+
+
+async def present(db: Database, last: str) -> set[str]:
+    """The devices whose heartbeat the registry has, once that of `last` is there."""
+    seen: set[str] = set()
+    async with asyncio.timeout(10):
+        while last not in seen:
+            async with db.pool.connection() as connection:
+                found = await connection.execute("SELECT device_id FROM presence WHERE firmware_version = '9.9.9'")
+                seen = {row[0] for row in await found.fetchall()}
+            await asyncio.sleep(0.05)
+    return seen
+
+
+@pytest.mark.parametrize(("mutate", "reached"), [(None, {"motor-2"}), (without_acl, {"motor-1", "motor-2"})])
+async def test_a_spoofed_heartbeat_does_not_reach_the_registry_and_does_without_the_acl(
+    db: Database, mutate: Callable[[str], str] | None, reached: set[str]
+) -> None:
+    fleet = await prepare(db, 2)
+    async with stage(db, mutate or str) as ground, serving(ground, fleet):
+        attacker = await ground.device("motor-2")
+        beats = [(f"devices/{name}/heartbeat", BEAT % name) for name in ("motor-1", "motor-2")]
+        await say(ground, attacker, ProtocolVersion.V311, *beats)
+        assert await present(db, "motor-2") == reached
+
+
+def defenceless(text: str) -> str:
+    """The mutant of a broker that neither denies nor refuses anybody."""
+    return without_start("crlfile")(without_acl(text))
+
+
+@pytest.mark.parametrize("registry_decides", [True, False])
+async def test_what_a_revoked_device_says_changes_nothing_even_if_the_broker_lets_it_in(
+    db: Database, registry_decides: bool
+) -> None:
+    fleet = await prepare(db, 2)
+    async with stage(db, defenceless) as ground, serving(ground, fleet):
+        revoked, other = await ground.device("motor-1"), await ground.device("motor-2")
+        await ground.revoke("motor-1")
+        if not registry_decides:  # the mutant of a registry that forgets
+            async with db.pool.connection() as connection:
+                await connection.execute("UPDATE devices SET barred_at = NULL")
+        start = jobs_topic("motor-1", "start-next")
+        await say(ground, revoked, ProtocolVersion.V311, (start, "{}"), ("devices/motor-1/heartbeat", BEAT % "motor-1"))
+        await say(ground, other, ProtocolVersion.V311, ("devices/motor-2/heartbeat", BEAT % "motor-2"))
+        assert ("motor-1" in await present(db, "motor-2")) != registry_decides
+        async with db.pool.connection() as connection:
+            row = await (
+                await connection.execute("SELECT state FROM executions WHERE device_id = 'motor-1'")
+            ).fetchone()
+        assert row is not None and (row[0] == "IN_PROGRESS") != registry_decides
 
 
 @pytest.mark.parametrize("version", VERSIONS)

@@ -108,9 +108,14 @@ async def test_a_second_start_keeps_what_is_good_and_renews_what_is_near_its_end
     async with EmbeddedStack(tmp_path / "state", **options) as stack:
         assert certificates() == first
         assert value(stack, "SELECT count(*) FROM authorities") == len(AuthorityKind)
+        crl = value(stack, "SELECT max(number) FROM crls")
+        with psycopg.connect(str(stack.endpoints.database_url), autocommit=True) as connection:
+            connection.execute("UPDATE crls SET pem = 'over', next_update = now() - interval '1 day'")
+    (tmp_path / "state/broker/mosquitto/access/devices.crl").unlink()
     monkeypatch.setattr(identity, "RENEW_BEFORE", timedelta(days=400))
     (tls / "engine.worker.key").unlink()
-    async with EmbeddedStack(tmp_path / "state", **options):
+    async with EmbeddedStack(tmp_path / "state", **options) as stack:
+        assert value(stack, "SELECT max(number) FROM crls") == crl + 1, "a list that is over is signed anew"
         renewed = certificates()
         assert renewed["ca.pem"] == first["ca.pem"]
         assert all(renewed[name] != first[name] for name in first if name != "ca.pem")

@@ -256,3 +256,26 @@ async def test_nothing_is_acknowledged_or_lost_while_postgresql_refuses(
         monkeypatch.setattr(door.gateway, "_transact", away)
         accepted, answer = await door.ask("motor-1", "start-next")
         assert accepted and answer["execution"]["jobId"] == JOB and refusals >= 3
+
+
+async def test_what_postgresql_refuses_is_isolated_and_nothing_of_its_batch_is_half_written(
+    db: Database, broker: Broker
+) -> None:
+    fleet = await prepare(db, 10)
+    async with db.pool.connection() as connection:
+        await connection.execute("ALTER TABLE presence ADD CONSTRAINT test_refused CHECK (uptime IS DISTINCT FROM 13)")
+    try:
+        async with open_door(db, broker, fleet) as door:
+            for i in range(1, 11):
+                beat = orjson.dumps({"uptime": 13 if i == 5 else 7})
+                await door.client.publish(heartbeat_topic(f"motor-{i}"), beat, qos=1)
+            answers = await asyncio.gather(*(door.ask(f"motor-{i}", "start-next") for i in range(1, 11)))
+            assert all(accepted and body["execution"]["versionNumber"] == 2 for accepted, body in answers)
+        async with db.pool.connection() as connection:
+            kept = await (await connection.execute("SELECT thing, code FROM quarantine")).fetchall()
+            beats = await (await connection.execute("SELECT count(*) FROM presence WHERE uptime = 7")).fetchone()
+        assert kept == [("motor-5", "InternalError")] and beats == (9,)
+        assert await recount(db, fleet.plan.job_no) == []
+    finally:
+        async with db.pool.connection() as connection:
+            await connection.execute("ALTER TABLE presence DROP CONSTRAINT test_refused")

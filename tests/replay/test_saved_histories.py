@@ -16,11 +16,14 @@ from tests.replay.life_scenarios import LIVES
 from tests.replay.record import SCENARIOS
 from tests.replay.scenarios import REAL
 from worker import LIFECYCLE_WORKFLOWS
+from workflows.provisioning import ProvisioningWorkflow
+from workflows.reissue import ReissueCertificateWorkflow
 from workflows.rollout import RolloutWorkflow
 from workflows.sandbox import runner
 from workflows.wave import WaveWorkflow
 
 HISTORIES = Path(__file__).parent / "histories"
+ALL = (RolloutWorkflow, WaveWorkflow, ProvisioningWorkflow, ReissueCertificateWorkflow, *LIFECYCLE_WORKFLOWS)
 SAVED = sorted(HISTORIES.glob("*/*.json"))
 
 
@@ -40,7 +43,7 @@ def test_there_are_histories_of_both_workflows_for_every_way_to_end() -> None:
 
 @pytest.mark.parametrize("path", SAVED, ids=lambda path: f"{path.parent.name}/{path.stem}")
 async def test_a_saved_history_replays(path: Path) -> None:
-    await replayer(RolloutWorkflow, WaveWorkflow, *LIFECYCLE_WORKFLOWS).replay_workflow(history(path))
+    await replayer(*ALL).replay_workflow(history(path))
 
 
 @workflow.defn(name="WaveWorkflow", sandboxed=False)

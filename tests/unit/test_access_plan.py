@@ -113,6 +113,11 @@ def test_a_ca_without_a_usable_list_is_left_out_and_the_others_go_on() -> None:
     assert "its devices cannot connect" in both.problems[0].text
 
 
+def test_a_name_that_no_certificate_can_bear_keeps_nobody_from_being_denied() -> None:
+    plan = after(snapshot(trusted(ONE, FRESH.files[DEVICE_CRLS]), denied={"motor-1", "a\ntopic readwrite #"}), FRESH)
+    assert plan.denied == plan.kicks == {"motor-1"} and "readwrite" not in plan.files[DEVICE_ACL]
+
+
 def test_where_every_list_is_over_the_files_stay_and_denials_go_on() -> None:
     later = NOW + 2 * WEEK
     over = after(snapshot(trusted(ONE, FRESH.files[DEVICE_CRLS]), denied={"motor-1"}), FRESH, later)
