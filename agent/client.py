@@ -163,7 +163,9 @@ class JobsClient:
         while True:
             try:
                 async with self._connect() as client:
+                    _heed_cancellation()
                     await self._subscribe(client)
+                    _heed_cancellation()
                     self._client, failures = client, 0
                     self._came()
                     if await self._receive(client):
@@ -235,6 +237,7 @@ class JobsClient:
                 await self.connected.wait()
                 if self._client is not None:
                     await self._client.publish(topic, payload, qos=1)
+                    _heed_cancellation()
                 return await future
         except (TimeoutError, aiomqtt.MqttError) as error:
             _heed_cancellation()
@@ -251,6 +254,7 @@ class JobsClient:
                 if self._client is None:
                     raise UnansweredError(f"{topic}: the connection is gone")
                 await self._client.publish(topic, orjson.dumps(body), qos=1)
+            _heed_cancellation()
         except (TimeoutError, aiomqtt.MqttError) as error:
             _heed_cancellation()
             self.errors += 1
@@ -338,7 +342,8 @@ _ANSWERS = ("accepted", "rejected")
 
 
 def _heed_cancellation() -> None:
-    """Raise again a cancellation that came out of aiomqtt as an MqttError, as happens while a session ends.
+    """Raise again a cancellation that came out of aiomqtt as an MqttError, as happens while a session ends, or not at all:
+    `asyncio.wait_for`, which it uses, forgets a cancellation that comes together with the result (Python 3.11).
 
     Without it a device that is about to reboot waits for ever for a task that has not heard of its end.
     """

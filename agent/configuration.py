@@ -1,8 +1,10 @@
 """The device's configuration: the named shadow `config`, and the newest version of it that this device has applied.
 
 The gateway wants `{"version": n, "config": {...}}`. The device keeps it durably, applies it, and reports the same; a
-version below the one it has is not applied, for it is an old message. After a reboot, or a power cut at any moment, it
-runs what it had kept. `heartbeatSeconds` is the one key that the reference device acts on; it keeps and reports all.
+version below the one it has is not applied, for it is an old message. It reports once after each start, whatever the
+registry has: a provisioning waits for the word of this life, not of the one before. After a reboot, or a power cut at
+any moment, it runs what it had kept; with a wipe that goes, too. `heartbeatSeconds` is the one key that the reference
+device acts on; it keeps and reports all.
 """
 
 import asyncio
@@ -12,12 +14,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from agent.client import JobsClient
+from agent.credentials import CONFIGURATION_NAME
 from agent.errors import RecordError, RequestError
 from agent.records import decode_record, encode_record
 from agent.storage import Storage, replace_durably
 from models.protocol import config_topic
 
-RECORD_NAME = "config.json"
 RECORD_KIND = "configuration"
 MAX_VERSION = 2**53
 LEAST_BEAT_SECONDS, MOST_BEAT_SECONDS = 1, 86_400
@@ -51,12 +53,12 @@ class ConfigurationStore:
         if wanted.version < self.current.version or wanted == self.current:
             return False
         fields = {"version": wanted.version, "config": dict(wanted.config)}
-        replace_durably(self._storage, RECORD_NAME, encode_record(RECORD_KIND, fields))
+        replace_durably(self._storage, CONFIGURATION_NAME, encode_record(RECORD_KIND, fields))
         self.current = wanted
         return True
 
     def _load(self) -> Configuration:
-        data = self._storage.read(RECORD_NAME)
+        data = self._storage.read(CONFIGURATION_NAME)
         if data is None:
             return Configuration()
         try:
@@ -85,6 +87,7 @@ class Configurator:
         self._store = store
         self._poll_seconds = poll_seconds
         self._retry_seconds = retry_seconds
+        self._has_reported = False
 
     async def run(self) -> None:
         """With every connection and every hint; and again after a while, when nobody answered."""
@@ -117,6 +120,7 @@ class Configurator:
         if wanted is not None:
             self._store.take(wanted)
         current = self._store.current
-        if current.version and parse_section(sections.get("reported")) != current:
+        if current.version and not (self._has_reported and parse_section(sections.get("reported")) == current):
             reported = {"version": current.version, "config": dict(current.config)}
             await self._client.ask(config_topic(thing, "update"), {"state": {"reported": reported}})
+            self._has_reported = True

@@ -38,6 +38,8 @@ from agent.storage import Storage, replace_durably
 from models.ids import THING_NAME
 
 FOLDER = "identity"
+CONFIGURATION_NAME = "config.json"
+"""The configuration (configuration.py) belongs to one life of the device: it goes with the credentials."""
 RECORD_NAME = f"{FOLDER}/credentials.json"
 RECORD_KIND = "credentials"
 RENEW_IN_LAST = 0.2
@@ -159,6 +161,8 @@ class Credentials:
         record = self.record
         if record.next is None or not record.next_ready:
             return
+        if record.current is None:
+            self._forget_configuration()
         if record.previous is not None:
             raise CredentialError("cannot take up a new certificate: the last rotation is not over")
         self._store(
@@ -196,11 +200,12 @@ class Credentials:
         self._store(replace(self.record, standing=Standing.WIPING))
 
     def wipe(self) -> None:
-        """Remove every key and certificate. Run again after a power cut, it removes what is left."""
+        """Remove every key and certificate, and the configuration. Run again after a power cut, it removes what is left."""
         record = self.record
         for number in (record.current, record.previous, record.next, *record.doomed):
             if number is not None:
                 self._remove(number)
+        self._forget_configuration()
         self._store(CredentialRecord(standing=Standing.WIPED, made=record.made))
 
     def forgive_wipe(self) -> None:
@@ -220,6 +225,10 @@ class Credentials:
             for number in self.record.doomed:
                 self._remove(number)
             self._store(replace(self.record, doomed=()))
+
+    def _forget_configuration(self) -> None:
+        self._storage.unlink(CONFIGURATION_NAME)
+        self._storage.sync_folder("")
 
     def _remove(self, number: int) -> None:
         size = self._storage.size(_key_name(number))

@@ -91,10 +91,11 @@ class PosixStorage:
         (self._root / name).write_bytes(data)
 
     def write_private(self, name: str, data: bytes) -> None:
-        descriptor = os.open(self._root / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        descriptor = os.open(self._root / name, os.O_WRONLY | os.O_CREAT, 0o600)  # in place, so that zeros erase
         with open(descriptor, "wb", buffering=0) as file:  # noqa: PTH123
             os.fchmod(descriptor, 0o600)  # a file that was there keeps its mode otherwise
             file.write(data)
+            file.truncate(len(data))
 
     def append(self, name: str, data: bytes) -> None:
         with (self._root / name).open("ab", buffering=0) as file:

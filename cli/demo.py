@@ -2,7 +2,7 @@
 
 An embedded stack, a fleet of device agents with slots on disk, and two rollouts. The devices are registered beforehand,
 and each enrols with the claim certificate of its batch: it makes its own key, gets its own certificate, connects to the
-broker with it, takes its configuration, and is active. No password is anywhere. The first release is bad: some devices
+broker with it, takes its configuration, and is active. No device has a password. The first release is bad: some devices
 crash after booting it, the others never reach the gateway, so all of them fall back by themselves and the gate halts it
 in its canary wave. The second is good and goes through three waves, while a worker is killed on the way.
 

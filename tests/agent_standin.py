@@ -235,6 +235,7 @@ class StandInGateway:
     def __init__(self, jobs: StandInJobs, host: str, port: int) -> None:
         self.configs: dict[str, dict[str, Any]] = {}
         self.reported: dict[str, dict[str, Any]] = {}
+        self.config_updates = 0
         self.open_commands: dict[str, dict[str, Any]] = {}
         self.responses: list[dict[str, Any]] = []
         self.jobs = jobs
@@ -294,6 +295,7 @@ class StandInGateway:
             kind, answer = ("accepted", {"state": state}) if state else ("rejected", {"code": 404, "message": "none"})
         elif verb == "config-update":
             self.reported[thing] = body["state"]["reported"]
+            self.config_updates += 1
             kind, answer = "accepted", {"state": body["state"]}
         elif verb == "command-get":
             await client.publish(command_topic(thing, "request"), orjson.dumps(self.open_commands.get(thing, now)))

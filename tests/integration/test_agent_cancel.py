@@ -1,6 +1,7 @@
 """A device that reboots ends its session, even when the session cannot be left in good order."""
 
 import asyncio
+import contextlib
 from typing import Any
 
 import aiomqtt
@@ -53,3 +54,29 @@ async def test_a_cancelled_heartbeat_ends_even_if_publishing_hides_the_cancellat
         assert task.cancelled()
     session.cancel()
     await asyncio.wait([session], timeout=5)
+
+
+@pytest.mark.parametrize("swallows", ["publish", "subscribe", "__aenter__"])
+async def test_a_session_ends_even_if_a_call_forgets_its_cancellation(
+    broker: Broker, monkeypatch: pytest.MonkeyPatch, swallows: str
+) -> None:
+    """As `asyncio.wait_for` does in Python 3.11 when the result comes in the same moment."""
+    original, reached = getattr(aiomqtt.Client, swallows), asyncio.Event()
+
+    async def forgetful(self: aiomqtt.Client, *arguments: Any, **more: Any) -> Any:
+        result = await original(self, *arguments, **more)
+        reached.set()
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.Event().wait()
+        return result
+
+    monkeypatch.setattr(aiomqtt.Client, swallows, forgetful)
+    client = JobsClient("cancelled-3", BrokerAddress.at(f"mqtt://{broker.host}:{broker.port}"))
+    session = asyncio.create_task(client.run())
+    task = asyncio.create_task(client.publish("devices/cancelled-3/commands/get", {}))
+    async with asyncio.timeout(10):
+        await reached.wait()
+    for each in (task, session):
+        each.cancel()
+    done, _ = await asyncio.wait([task, session], timeout=5)
+    assert done == {task, session} and task.cancelled() and session.cancelled()

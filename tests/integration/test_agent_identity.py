@@ -262,6 +262,12 @@ async def test_a_device_enrols_is_configured_and_becomes_visible(rig: Rig) -> No
     assert rig.gateway.reported[THING] == {"version": 4, "config": {"mode": "boost"}}
     await rig.online()
     assert len({beat["bootId"] for beat in rig.gateway.heartbeats}) == 2
+    await rig.end()
+    del rig.gateway.configs[THING]
+    rig.gateway.reported[THING] = {"version": 4, "config": {"mode": "boost"}}
+    said = rig.gateway.config_updates
+    await rig.start()
+    await until(lambda: rig.gateway.config_updates == said + 1, "a report after each start, news or not")
     assert rig.authority.requests.count("simpleenroll") == 1, "a device that has a certificate does not enrol again"
 
 
@@ -329,18 +335,23 @@ async def test_a_new_certificate_that_the_broker_does_not_take_leaves_the_device
 
 
 async def test_a_wiped_device_stays_wiped_until_a_person_wants_it_back(rig: Rig) -> None:
+    rig.gateway.configs[THING] = {"version": 7, "config": {"secret": "of the first life"}}
     await rig.start()
     await rig.online()
+    await until(lambda: rig.gateway.reported.get(THING), "the configuration")
     await rig.gateway.command(THING, WIPE, REQUEST)
     assert (await rig.answered(REQUEST))["status"] == "succeeded"
     assert rig.process is not None and await rig.process.wait() == 4
     assert not [path for path in (rig.folder / "device" / "identity").iterdir() if path.suffix in (".key", ".pem")]
+    assert not (rig.folder / "device" / "config.json").exists()
+    rig.gateway.configs[THING] = {"version": 1, "config": {}}  # in its next life it begins anew
     asked = len(rig.authority.requests)
     await rig.start()
     assert await rig.process.wait() == 4, "started again, it stays wiped"
     assert len(rig.authority.requests) == asked
     await rig.start("--enrol-again")
     await rig.online()
+    await until(lambda: rig.gateway.reported[THING]["version"] == 1, "the configuration of its next life")
 
 
 async def test_commands_that_were_not_signed_for_this_device_are_not_carried_out(rig: Rig) -> None:
