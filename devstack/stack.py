@@ -271,6 +271,7 @@ class EmbeddedStack:
             "TIDEGATE_MQTT_CERTIFICATE": self.settings.mqtt_certificate,
             "TIDEGATE_MQTT_PRIVATE_KEY": self.settings.mqtt_private_key,
             "TIDEGATE_ENROLMENT_URL": self.endpoints.enrolment_url,
+            "TIDEGATE_REDIS_URL": self.settings.redis_url,
         }
         if self._identity is not None:
             values |= self._identity_variables(self._identity, service)

@@ -19,8 +19,9 @@ from devstack.stack import EmbeddedStack
 from models.device import DeviceStatus
 from models.settings import Settings
 from store.engine import Database
+from store.lookup import DeviceLookup, Source
 from store.registry import Registry
-from tests.conftest import mosquitto_binary
+from tests.conftest import RedisServer, mosquitto_binary
 
 ROOT = Path(__file__).parent.parent.parent
 NEEDED = ("curl", "openssl", "mosquitto_rr", "mosquitto_pub")
@@ -38,10 +39,11 @@ def blocks(heading: str) -> list[str]:
     return re.findall(r"```sh\n(.*?)```", section, re.DOTALL)
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="session")
-async def stack(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[EmbeddedStack]:
+@pytest_asyncio.fixture
+async def stack(tmp_path_factory: pytest.TempPathFactory, redis_server: RedisServer) -> AsyncIterator[EmbeddedStack]:
     state = tmp_path_factory.mktemp("identity")
-    async with EmbeddedStack(state, settings=Settings(state_dir=state), broker="mosquitto") as running:
+    settings = Settings(state_dir=state, redis_url=redis_server.url)
+    async with EmbeddedStack(state, settings=settings, broker="mosquitto") as running:
         yield running
 
 
@@ -64,6 +66,21 @@ async def until(what: str, look: Any, seconds: float = 30) -> None:
     async with asyncio.timeout(seconds):
         while not await look():
             await asyncio.sleep(0.1)
+
+
+async def looked_up_in_redis(db: Database, redis_url: str, thing: str) -> None:
+    """Redis has the device as it is now, by id and by serial number, because the stack's worker vouches for it."""
+    lookup = DeviceLookup(db, redis_url)
+    try:
+
+        async def kept() -> bool:
+            return (await lookup.get(thing)).source is Source.REDIS
+
+        await until("the device to be answered for by Redis", kept)
+        found = await lookup.get_by_serial("SN-000042")
+        assert (found.device.device_id, found.device.status) == (thing, DeviceStatus.ACTIVE)
+    finally:
+        await lookup.close()
 
 
 async def test_a_device_enrols_with_curl_and_openssl_alone_as_the_page_says(
@@ -95,6 +112,7 @@ async def test_a_device_enrols_with_curl_and_openssl_alone_as_the_page_says(
         device = await registry.get(thing)
         assert (device.serial_number, device.site_id, device.device_type) == ("SN-000042", "factory-berlin", "motor")
         assert device.config_version == device.desired_config_version == 1
+        await looked_up_in_redis(db, str(stack.settings.redis_url), thing)
 
         await shell(f"{here}THING={thing}\n{renew}", tmp_path)
 
