@@ -1,4 +1,4 @@
-"""`device configure | configuration | rotate | certificates | revoke | decommission | release`: a device's life.
+"""`device configure | configuration | rotate | certificates | revoke | unbar | decommission | release`: a device's life.
 
 What takes time is a workflow: these commands start it and leave, or wait for its end with `--wait`.
 """
@@ -207,6 +207,18 @@ async def revoke_device(
         else f"{device_id} had no valid certificate"
     )
     session.out.result({"device_id": device_id, "revoked": revoked}, text)
+
+
+@command(app, "unbar")
+async def unbar_device(
+    session: Session,
+    device_id: DeviceArgument,
+    reason: Annotated[str, typer.Option(metavar="TEXT", help="Why, for the audit.")],
+) -> None:
+    """Use again what a barred device says, as after a false alarm. It needs a certificate that is still valid."""
+    async with session.database() as db:
+        await LifecycleStore(db).unbar(device_id, whoami(), reason)
+    session.out.result({"device_id": device_id, "barred": False}, f"{device_id}: what it says is used again")
 
 
 # --- the end ---------------------------------------------------------------------------------------------------------

@@ -51,6 +51,17 @@ def why_not_decommission(device: Standing) -> str | None:
     return None
 
 
+def why_not_unbar(device: Standing) -> str | None:
+    """Why a device's word cannot count again."""
+    if device.barred_at is None:
+        return f"cannot unbar {device.device_id}: it is not barred"
+    if device.status is DeviceStatus.RETIRED:
+        return _why_not("unbar", device)
+    if not device.valid_certificates:
+        return f"cannot unbar {device.device_id}: it has no valid certificate; it has to enrol again"
+    return None
+
+
 def _why_not(verb: str, device: Standing) -> str | None:
     if device.status is DeviceStatus.RETIRED:
         return (

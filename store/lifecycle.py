@@ -11,12 +11,14 @@ from dataclasses import dataclass
 from psycopg import AsyncConnection
 from psycopg.rows import class_row
 
-from domain.standing import Standing
+from domain.standing import Standing, why_not_unbar
 from models.device import DeviceStatus
 from models.errors import NotFoundError, RefusedError
 from models.identity import CertificateView, RevocationReason
-from store.access import revoke
+from store.access import change_access, revoke, unbar
+from store.alerts import resolve_alert
 from store.audit import append_audit
+from store.devicetraffic import CLONE_RULE
 from store.engine import Database
 
 _STANDING = """
@@ -80,6 +82,18 @@ class LifecycleStore:
         async with self.db.pool.connection() as connection:
             await standing(connection, device_id)
             return await revoke(connection, device_id, reason, actor, text)
+
+    async def unbar(self, device_id: str, actor: str, reason: str) -> None:
+        """The device's word counts again, as after a false alarm of a clone. Raises NotFoundError or RefusedError."""
+        async with self.db.pool.connection() as connection:
+            await change_access(connection)
+            refuse(why_not_unbar(await standing(connection, device_id, lock=True)))
+            await unbar(connection, device_id, actor, reason)
+            await connection.execute(
+                "UPDATE devices SET status = 'active', updated_at = now() WHERE device_id = %s AND status = 'error'",
+                (device_id,),
+            )
+            await resolve_alert(connection, CLONE_RULE, device_id, actor)
 
     async def release(self, serial_number: str, actor: str, reason: str) -> str:
         """Lift the tombstone of a serial number, so that it can be enrolled again; the device it belonged to.

@@ -48,6 +48,7 @@ from models.settings import Settings
 from models.spec import GateSpec
 from store.configuring import ConfiguringStore
 from store.deltas import DeltaStore
+from store.devicetraffic import bar_clone
 from store.engine import Database
 from store.executions import ExecutionStore
 from store.rollouts import RolloutStore
@@ -514,6 +515,25 @@ async def test_certificates_are_shown_rotated_and_revoked(world: World, device: 
     assert "nothing that it says is used since" in refused.err
     assert (await _run(desk, "device", "rotate", "nobody")).status == 2
     assert "revoked" in (await _run(desk, "device", "certificates", DEVICE)).out
+
+
+async def test_a_barred_device_is_heard_again_only_with_a_valid_certificate(
+    world: World, device: str, desk: Desk
+) -> None:
+    early = await _run(desk, "device", "unbar", DEVICE, "--reason", "why not")
+    assert (early.status, "it is not barred" in early.err) == (6, True)
+    async with world.db.pool.connection() as connection:
+        await connection.execute("INSERT INTO presence (device_id, last_heartbeat) VALUES (%s, now())", (DEVICE,))
+        assert await bar_clone(connection, DEVICE) is not None
+    assert (await _run(desk, "alert", "list", "--json")).json["alerts"][0]["rule"] == "cloned-device"
+    heard = await _run(desk, "device", "unbar", DEVICE, "--reason", "the test bench", "--json")
+    assert (heard.status, heard.json["barred"]) == (0, False)
+    shown = (await _run(desk, "device", "show", DEVICE, "--json")).json
+    assert (shown["status"], shown["barred_at"]) == ("active", None)
+    assert (await _run(desk, "alert", "list", "--json")).json["alerts"] == []
+    await _run(desk, "device", "revoke", DEVICE, "--reason", "stolen")
+    late = await _run(desk, "device", "unbar", DEVICE, "--reason", "found again")
+    assert (late.status, "no valid certificate; it has to enrol again" in late.err) == (6, True)
 
 
 async def test_a_device_is_decommissioned_and_its_serial_number_released(world: World, device: str, desk: Desk) -> None:

@@ -61,7 +61,7 @@ def test_the_commands_are_those_of_the_documentation() -> None:
         "up", "demo", "migrate",
         "ca init", "ca show", "ca roll", "ca retire", "ca crl",
         "device import", "device list", "device show", "device enroll",
-        "device configure", "device configuration", "device rotate", "device certificates", "device revoke",
+        "device configure", "device configuration", "device rotate", "device certificates", "device revoke", "device unbar",
         "device decommission", "device release",
         "rotation start", "rotation status",
         "claim create", "claim list", "claim show", "claim disable", "claim allow",
