@@ -72,9 +72,13 @@ SELECT (SELECT batch FROM claim_serials WHERE serial_number = %(serial)s) AS lis
 
 _DEVICE = """
 SELECT device_id, device_type, status,
-       EXISTS (SELECT FROM certificates c WHERE c.device_id = d.device_id AND c.state = 'valid' AND c.not_after > now())
+       EXISTS (SELECT FROM certificates c WHERE c.device_id = d.device_id AND c.state = 'valid' AND c.not_after > now()),
+       barred_at IS NOT NULL AND NOT EXISTS (
+         SELECT FROM enrolments e WHERE e.serial_number = d.serial_number AND e.state = 'failed'
+         AND e.reason = d.barred_reason)
 FROM devices d WHERE serial_number = %s
 """
+"""What an undone enrolment barred may come again by itself; what a person or the gateway barred may not."""
 
 _ADMIT = """
 INSERT INTO enrolments (serial_number, spki_sha256, public_key, batch, state, counted, source)
@@ -210,6 +214,12 @@ class EnrolmentStore:
                 return await self.get(enrolment_no)
             _must_be_conflict(conflict, enrolment_no)
             serial, text = conflict["serial_number"], f"enrolment {enrolment_no} takes its place: {reason or 'decided'}"
+            # Before the device is looked at: a certificate that is being issued for the other key is there afterwards.
+            await connection.execute(
+                "UPDATE enrolments SET state = 'closed', reason = %s, decided_at = now(), decided_by = %s "
+                "WHERE serial_number = %s AND state IN ('requested','waiting','issued','active')",
+                (text, actor, serial),
+            )
             device = await (await connection.execute(_DEVICE, (serial,))).fetchone()
             if device is not None:
                 await revoke(connection, device[0], RevocationReason.SUPERSEDED, actor, text)
@@ -218,11 +228,6 @@ class EnrolmentStore:
                     "AND status <> 'retired'",
                     (device[0],),
                 )
-            await connection.execute(
-                "UPDATE enrolments SET state = 'closed', reason = %s, decided_at = now(), decided_by = %s "
-                "WHERE serial_number = %s AND state IN ('requested','waiting','issued','active')",
-                (text, actor, serial),
-            )
             await _take_place_once(connection, enrolment_no, conflict)
             former = provision_workflow_id(serial)
             await forget(connection, former)

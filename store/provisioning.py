@@ -133,6 +133,7 @@ class ProvisioningStore:
     async def activate(self, asked: ActivateDeviceInput) -> ActivateDeviceResult:
         """The device is at work. Idempotent by its status; a device that was barred or retired meanwhile stays so."""
         async with self._db.pool.connection() as connection:
+            await connection.execute("SELECT FROM enrolments WHERE enrolment_no = %s FOR UPDATE", (asked.enrolment_no,))
             await share_access(connection)
             await forget(connection, asked.workflow_id)
             cursor = await connection.execute(
@@ -224,8 +225,8 @@ async def _issue(connection: AsyncConnection, asked: IssueCertificateInput, sign
     row = await _enrolment(connection, asked.enrolment_no, lock=True)
     if row["certificate_id"] is not None and row["state"] in ("issued", "active"):
         return await _issued_before(connection, row, asked.workflow_id)
+    device = await _hold_device(connection, row["serial_number"])
     _must_be_issuable(row, await _tombstone(connection, row["serial_number"]))
-    device = await _device(connection, row["serial_number"])
     reason = asked.reason or f"enrolled through batch {row['batch']}"
     if device is None:
         device_id = await _create(connection, row)
@@ -297,9 +298,8 @@ async def _create(connection: AsyncConnection, row: dict[str, Any]) -> str:
 
 
 async def _adopt(connection: AsyncConnection, device: dict[str, Any], actor: str, reason: str) -> None:
-    """A device that the registry knows: what is registered holds, and its word counts again."""
+    """A device that the registry knows and `_hold_device` holds: what is registered holds, and its word counts again."""
     if device["barred_at"] is not None:
-        await change_access(connection)
         await unbar(connection, device["device_id"], actor, reason)
     await connection.execute(
         "UPDATE devices SET status = 'provisioning', retired_at = NULL, updated_at = now() WHERE device_id = %s",
@@ -410,10 +410,29 @@ def _batch_of(row: dict[str, Any]) -> Batch:
     )
 
 
-async def _device(connection: AsyncConnection, serial_number: str) -> dict[str, Any] | None:
+async def _hold_device(connection: AsyncConnection, serial_number: str) -> dict[str, Any] | None:
+    """The device that has this serial number, with its access: nobody bars or revokes it before this transaction ends.
+
+    Raises RefusedError where somebody has barred it meanwhile.
+    """
+    seen = await _device(connection, serial_number)
+    if seen is None:
+        return None
+    if seen["barred_at"] is None:
+        await share_access(connection)
+    else:
+        await change_access(connection)
+    held = await _device(connection, serial_number, lock=True)
+    if held is not None and held["barred_at"] is not None and seen["barred_at"] is None:
+        raise RefusedError(f"device {held['device_id']} was barred while it was being enrolled; ask again")
+    return held
+
+
+async def _device(connection: AsyncConnection, serial_number: str, *, lock: bool = False) -> dict[str, Any] | None:
     async with connection.cursor(row_factory=dict_row) as cursor:
         await cursor.execute(
-            "SELECT device_id, status, desired_config, barred_at FROM devices WHERE serial_number = %s",
+            "SELECT device_id, status, desired_config, barred_at FROM devices WHERE serial_number = %s"
+            + (" FOR UPDATE" if lock else ""),
             (serial_number,),
         )
         return await cursor.fetchone()
