@@ -2,8 +2,10 @@
 
 import asyncio
 import base64
+import ssl
 import subprocess
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from pathlib import Path
 
 import httpx
@@ -12,7 +14,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import NameOID
 from temporalio.client import Client
 
-from enrolment import est
+from enrolment import est, tls
 from models.identity import AuthorityKind, DeviceHappening, ProvisionOutcome, RevocationReason
 from pki.authority import make_authority, pem_of
 from pki.pkcs7 import read_certs_only
@@ -126,6 +128,44 @@ async def test_a_body_that_does_not_come_is_not_waited_for_long(
     claim = door.client(await pki.batch(db))
     answer = await claim.post(ENROLL, content=drip(), headers=PKCS10)
     assert (answer.status_code, "did not come within" in answer.text) == (400, True)
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        b"",
+        b"GET /.well-known/est/cacerts HTTP/1.1\r\nHost: a\r\n",
+        b"GET /.well-known/est/cacerts HTTP/1.1\r\nHost: a\r\n\r\nGET /",
+        b"POST /.well-known/est/simpleenroll HTTP/1.1\r\nHost: a\r\nContent-Length: 9000000\r\n\r\n",
+    ],
+    ids=["nothing", "half a head", "half a second head", "a body after the answer"],
+)
+async def test_a_connection_on_which_no_whole_request_comes_is_ended(
+    door: Door, monkeypatch: pytest.MonkeyPatch, sent: bytes
+) -> None:
+    """A stranger needs no certificate to connect: a few hundred such connections would keep devices out."""
+    monkeypatch.setattr(tls, "HEAD_SECONDS", 1.0)
+    context = ssl.create_default_context(cafile=str(door.ca))
+    reader, writer = await asyncio.open_connection(*door.url.removeprefix("https://").split(":"), ssl=context)
+
+    async def drip() -> None:
+        while True:
+            writer.write(sent[:1] and b"x")
+            await writer.drain()
+            await asyncio.sleep(0.1)
+
+    writer.write(sent)
+    dripping = asyncio.create_task(drip())
+    try:
+        async with asyncio.timeout(3):
+            with suppress(ConnectionError):
+                while await reader.read(1000):
+                    pass
+    finally:
+        dripping.cancel()
+        with suppress(asyncio.CancelledError, ConnectionError):
+            await dripping
+        writer.close()
 
 
 async def test_cacerts_needs_no_certificate_and_gives_the_service_and_device_authorities(door: Door, pki: Pki) -> None:
