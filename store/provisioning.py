@@ -37,10 +37,13 @@ from store.access import change_access, revoke, share_access, unbar
 from store.audit import append_audit
 from store.certificates import DeviceCertificateRow, certificate_of_key
 from store.configurations import set_desired
-from store.engine import Database
+from store.engine import Database, fetch_one
 from store.enrolments import ENGINE, tell
 from store.waits import expect, forget, happened
 
+MAX_A_DAY = 50
+"""Certificates that a device is given within 24 hours: each one that is superseded is a line of the revocation list until
+it would have ended, and a change of access that every broker reads. A device on trial needs a handful."""
 MAX_UNCONFIRMED = 5
 """Certificates that a device may have been given and never used; who asks for more has to use one of them first."""
 
@@ -342,15 +345,20 @@ async def _reissue(
     )
     if why := why_not_reissue(asked.device_id, await cursor.fetchone()):
         raise RefusedError(why)
-    cursor = await connection.execute(
-        "SELECT count(*) FROM certificates WHERE device_id = %s AND state = 'valid' AND confirmed_at IS NULL "
-        "AND certificate_id <> %s",
-        (asked.device_id, asked.certificate_id),
+    unused, lately = await fetch_one(
+        connection,
+        "SELECT count(*) FILTER (WHERE state = 'valid' AND confirmed_at IS NULL AND certificate_id <> %s), "
+        "count(*) FILTER (WHERE issued_at > now() - interval '24 hours') FROM certificates WHERE device_id = %s",
+        (asked.certificate_id, asked.device_id),
     )
-    unused = await cursor.fetchone()
-    if unused is not None and unused[0] >= MAX_UNCONFIRMED:
+    if unused >= MAX_UNCONFIRMED:
         raise RefusedError(
-            f"device {asked.device_id} has {unused[0]} certificates that it never used; it has to use one of them first"
+            f"device {asked.device_id} has {unused} certificates that it never used; it has to use one of them first"
+        )
+    if lately >= MAX_A_DAY:
+        raise RefusedError(
+            f"device {asked.device_id} has been given {lately} certificates within 24 h, expected fewer than {MAX_A_DAY}; "
+            "it may ask again tomorrow"
         )
     generation = await _next_generation(connection, asked.device_id)
     key = load_pem_public_key(asked.public_key.encode())
