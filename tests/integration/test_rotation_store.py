@@ -212,6 +212,17 @@ async def test_the_new_certificate_stays_where_the_old_one_has_ended_or_the_devi
     assert await alerts(db) == {"rotation-reverted": DEVICE}
 
 
+async def test_the_new_certificate_stays_where_the_old_one_is_about_to_end(store: RotationStore, db: Database) -> None:
+    """A device that was switched off while it rotated comes back with one that is valid."""
+    first = await add_certificate(db, DEVICE, age=LIFE - 5 * DAY)
+    second = await add_certificate(db, DEVICE, 2, confirmed=False)
+    for _ in range(2):
+        ended = await store.revert(ending((first,), "not seen"))
+        assert (ended.kept, ended.confirmed, ended.revoked) == (second, False, ())
+    assert await valid(db) == [first, second]
+    assert await alerts(db) == {"rotation-reverted": DEVICE}
+
+
 async def test_giving_up_leaves_the_certificate_and_alerts_only_near_its_end(
     store: RotationStore, db: Database
 ) -> None:
