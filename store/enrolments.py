@@ -32,6 +32,8 @@ ENGINE = "tidegate"
 """The actor of what no person decided."""
 CONFLICT_ALERT, RATE_ALERT = "enrolment-conflict", "claim-rate"
 RATE_WINDOW = timedelta(seconds=60)
+USUAL_PER_MINUTE = 1000
+"""New requests of a batch for which nobody has said how many are usual."""
 MAX_CONFLICTS = 20
 """Keys that are kept of those that claim one serial number; who sends more is only alerted of."""
 
@@ -49,7 +51,7 @@ FROM enrolments
 """
 
 _LIVE = """
-SELECT e.enrolment_no, e.spki_sha256, e.batch, e.state, e.reason, e.device_id, c.pem
+SELECT e.enrolment_no, e.spki_sha256, e.batch, e.state, e.reason, e.device_id, c.pem, c.state = 'revoked' AS revoked
 FROM enrolments e LEFT JOIN certificates c USING (certificate_id)
 WHERE e.serial_number = %s AND e.state IN ('requested','waiting','issued','active')
 """
@@ -295,6 +297,12 @@ def _joined(live: dict[str, Any], batch: Batch, serial_number: str) -> Enrolment
         return EnrolmentAnswer(
             EnrolmentState.REFUSED, f"serial number {serial_number} is enrolled through another batch than {batch.name}"
         )
+    if live["revoked"]:
+        return EnrolmentAnswer(
+            EnrolmentState.REFUSED,
+            f"the certificate of this key for serial number {serial_number} was revoked, and a key does not come back; "
+            "make a new key, and a person has to decide whether it gets a certificate",
+        )
     return EnrolmentAnswer(EnrolmentState(live["state"]), live["reason"], live["enrolment_no"], live["pem"])
 
 
@@ -387,9 +395,7 @@ async def _conflicts(connection: AsyncConnection, serial_number: str) -> int:
 
 async def _watch_rate(connection: AsyncConnection, held: _Held) -> bool:
     """Whether more new requests have come within a minute than the batch says is usual; then a person is told."""
-    limit, batch = held.alarm_per_minute, held.batch.name
-    if limit is None:
-        return False
+    limit, batch = held.alarm_per_minute or USUAL_PER_MINUTE, held.batch.name
     cursor = await connection.execute(
         "SELECT count(*) FROM (SELECT FROM enrolments WHERE batch = %s AND requested_at > now() - %s LIMIT %s) recent",
         (batch, RATE_WINDOW, limit + 1),

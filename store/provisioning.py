@@ -181,10 +181,10 @@ class ProvisioningStore:
                 return UndoProvisioningResult(revoked=gone if row["state"] == "failed" else 0)
             revoked: list[str] = []
             if row["certificate_id"] is not None:
+                # All of them: with the one it was given it may have fetched another meanwhile.
                 revoked = await revoke(
-                    connection, row["device_id"], RevocationReason.PRIVILEGE_WITHDRAWN, ENGINE, asked.reason,
-                    only=[row["certificate_id"]],
-                )  # fmt: skip
+                    connection, row["device_id"], RevocationReason.PRIVILEGE_WITHDRAWN, ENGINE, asked.reason
+                )
             else:
                 await _give_place_back(connection, row)
             await forget(connection, asked.workflow_id)

@@ -371,6 +371,17 @@ async def test_more_requests_in_a_minute_than_are_usual_raise_an_alert(db: Datab
     assert await value(db, "SELECT count(*) FROM enrolments") == 6, "a guesser does not fill the table"
 
 
+async def test_a_batch_for_which_no_rate_is_given_is_watched_too(
+    db: Database, pki: Pki, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(enrolments, "USUAL_PER_MINUTE", 5)
+    await pki.batch(db, listed_only=True, serials=["SN-1"])
+    for n in range(20):
+        await ask(db, f"GUESS-{n}")
+    assert await column(db, "SELECT rule FROM alerts") == ["claim-rate"]
+    assert await value(db, "SELECT count(*) FROM enrolments") == 6
+
+
 async def test_mutant_without_the_count_of_requests_a_guesser_fills_the_table_and_nobody_is_told(
     db: Database, pki: Pki, monkeypatch: pytest.MonkeyPatch
 ) -> None:

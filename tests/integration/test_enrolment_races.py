@@ -16,6 +16,7 @@ from models.identity import (
     EnrolmentState,
     IssueCertificateInput,
     IssueCertificateResult,
+    ReissueCertificateInput,
     RevocationReason,
     UndoProvisioningInput,
 )
@@ -27,8 +28,8 @@ from store.devicetraffic import bar_clone
 from store.engine import Database
 from store.enrolments import EnrolmentStore
 from store.provisioning import ProvisioningStore
-from tests.integration.enrolment_setup import Pki, column, value
-from tests.integration.test_enrolment_defences import ask
+from tests.integration.enrolment_setup import Pki, column, new_key, value
+from tests.integration.test_enrolment_defences import ask, wanted
 
 FLOW = "provision:SN-1"
 
@@ -114,6 +115,34 @@ async def test_a_device_whose_provisioning_was_undone_comes_again_by_itself(db: 
         assert await value(db, "SELECT barred_at IS NULL FROM devices")
         await undo(db, answer.enrolment_no, "SN-1 did not connect within 10 min")
         assert await value(db, "SELECT barred_at IS NOT NULL FROM devices")
+
+
+async def test_a_device_that_renewed_while_it_was_provisioned_keeps_no_certificate_when_that_is_undone(
+    db: Database, pki: Pki
+) -> None:
+    await pki.batch(db)
+    answer = await ask(db, "SN-1")
+    signer, store = CertificateSigner(db, pki.keys), ProvisioningStore(db)
+    issued = await issue(db, answer.enrolment_no, signer)
+    renewal = wanted("SN-1")
+    asked = ReissueCertificateInput(
+        device_id="SN-1", certificate_id=issued.certificate_id, public_key=renewal.public_key, source=None
+    )
+    assert not (await store.reissue(asked, signer, renewal.spki_sha256)).refused
+    await undo(db, answer.enrolment_no, "SN-1 was configured and sent no heartbeat within 10 min")
+    assert await column(db, "SELECT state FROM certificates") == ["revoked", "revoked"]
+    assert await value(db, "SELECT barred_at IS NOT NULL FROM devices")
+
+
+async def test_a_key_whose_certificate_was_revoked_is_told_so(db: Database, pki: Pki) -> None:
+    await pki.batch(db)
+    key = new_key()
+    answer = await ask(db, "SN-1", key)
+    await issue(db, answer.enrolment_no, CertificateSigner(db, pki.keys))
+    await by_a_person(db)
+    again = await ask(db, "SN-1", key)
+    assert (again.state, again.certificate) == (EnrolmentState.REFUSED, None)
+    assert "was revoked" in again.reason
 
 
 async def test_a_registered_device_that_was_barred_is_let_in_by_a_person_only(db: Database, pki: Pki) -> None:
