@@ -124,7 +124,8 @@ class RotationStore:
 
     async def _ask(self, asked: AskForRotationInput) -> RotationSeen:
         async with self.db.pool.connection() as connection:
-            refuse(why_not_rotate(await standing(connection, asked.device_id)))
+            # Whoever retires the device at this moment ends its commands and waits: those of before, or none are made.
+            refuse(why_not_rotate(await standing(connection, asked.device_id, lock=True)))
             seen = await _seen(connection, asked.device_id, asked.old)
             waits: dict[DeviceHappening, int | None] = {}
             if seen.confirmed is None:
