@@ -61,7 +61,10 @@ async def create(
     ] = None,
     id_prefix: Annotated[str, typer.Option(metavar="TEXT", help="Device ids are this and the serial number.")] = "",
     alarm_per_minute: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="More new requests within a minute raise an alert.")
+        int | None,
+        typer.Option(
+            min=1, metavar="N", help="More new requests within a minute raise an alert; 1000 where nothing is given."
+        ),
     ] = None,
 ) -> None:
     """Make a batch and its claim certificate.

@@ -36,6 +36,8 @@ class KnownDevice:
     device_type: str
     status: str
     has_certificate: bool
+    barred: bool = False
+    """Its word counts for nothing, and for another reason than an enrolment that was undone."""
 
 
 @dataclass(frozen=True)
@@ -137,6 +139,8 @@ def _dispute(serial: Serial) -> str:
         return ""
     if device.has_certificate:
         return f"serial number {serial.number} has a valid certificate; a person has to decide whether it gets another"
+    if device.barred:
+        return f"serial number {serial.number} is barred; a person has to decide whether it is let in again"
     if device.status == "provisioning" or (device.status == "error" and serial.failed_before):
         return ""
     return (

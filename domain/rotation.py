@@ -46,9 +46,14 @@ def share_left(issued_at: datetime, not_after: datetime, now: datetime) -> int:
     return min(100, int(left * 100 // life))
 
 
+def is_ending(share: int) -> bool:
+    """Whether so little of a certificate's life is left that nothing may depend on it alone."""
+    return share < ENDING_PERCENT
+
+
 def ending_text(device_id: str, share: int, not_after: datetime, tried: str) -> str | None:
     """What an alert says of a certificate that nears its end, or None while there is time."""
-    if share >= ENDING_PERCENT:
+    if not is_ending(share):
         return None
     left = f"{share} % of its life is left" if share else "its life is all but over"
     return (

@@ -28,7 +28,7 @@ from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
-from temporalio.client import Client
+from temporalio.client import Client, WorkflowFailureError
 from temporalio.service import RPCError
 
 from enrolment import est
@@ -227,6 +227,9 @@ async def _safely(answer: Answer, request: Request) -> Response:
     except RPCError as error:
         log.warning("Temporal does not answer", reason=str(error)[:200])
         return est.unavailable("the enrolment process cannot be started now; ask again")
+    except WorkflowFailureError as error:
+        log.warning("a certificate could not be made", reason=str(error.cause)[:200])
+        return est.unavailable("the certificate could not be made; ask again")
 
 
 def _answered(answer: EnrolmentAnswer) -> Response:

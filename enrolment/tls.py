@@ -8,7 +8,7 @@ uvicorn gives an application no client certificate; `PeerCertificateProtocol` pu
 """
 
 import ssl
-from asyncio import Transport
+from asyncio import TimerHandle, Transport
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -20,6 +20,8 @@ _NO_CHECK_TIME = 0x200000
 """X509_V_FLAG_NO_CHECK_TIME of OpenSSL, which Python has no name for."""
 
 PEER = "peer_certificate"
+HEAD_SECONDS = 10.0
+"""From the handshake, or the answer before, until a request's head is there. A body has a limit of its own (est.py)."""
 
 
 def server_context(certificate: Path, private_key: Path) -> ssl.SSLContext:
@@ -47,7 +49,13 @@ def trust(context: ssl.SSLContext, authorities: Iterable[str]) -> None:
 
 
 class PeerCertificateProtocol(H11Protocol):
-    """HTTP/1.1 with `request.state.peer_certificate`: DER, or None where the client has shown no certificate."""
+    """HTTP/1.1 with `request.state.peer_certificate`: DER, or None where the client has shown no certificate.
+
+    A connection on which no request comes is ended: uvicorn waits for the first head, and for the rest of any, for ever,
+    and whoever holds MAX_CONNECTIONS of them, which takes no certificate, would keep every device out.
+    """
+
+    _limit: TimerHandle | None = None
 
     def connection_made(self, transport: Transport) -> None:  # type: ignore[override]
         """The handshake is over."""
@@ -55,3 +63,30 @@ class PeerCertificateProtocol(H11Protocol):
         peer = None if connection is None else connection.getpeercert(binary_form=True)
         self.app_state = {**self.app_state, PEER: peer}
         super().connection_made(transport)
+        self._limit_wait()
+
+    def data_received(self, data: bytes) -> None:
+        """Something came: a request's head is whole by now, or goes on being waited for."""
+        super().data_received(data)
+        if self.cycle is not None and not self.cycle.response_complete:
+            self._end_wait()
+
+    def on_response_complete(self) -> None:
+        """The next request is waited for, unless it has come already; what is left of this one's body is none."""
+        super().on_response_complete()
+        if self.cycle.response_complete:
+            self._limit_wait()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Over."""
+        self._end_wait()
+        super().connection_lost(exc)
+
+    def _limit_wait(self) -> None:
+        self._end_wait()
+        self._limit = self.loop.call_later(HEAD_SECONDS, self.transport.abort)
+
+    def _end_wait(self) -> None:
+        if self._limit is not None:
+            self._limit.cancel()
+            self._limit = None

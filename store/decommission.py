@@ -1,7 +1,7 @@
 """Decommissioning in PostgreSQL. `retire` is the point: one transaction ends all that a device is and has.
 
 Each method is one transaction and can be repeated. Locks are taken in the order that keeps everybody out of each
-other's way: planning, access, jobs, the device.
+other's way: planning, the device's enrolments, access, jobs, the device.
 """
 
 from dataclasses import dataclass
@@ -42,6 +42,12 @@ _BURY = """
 INSERT INTO tombstones (serial_number, device_id, retired_by, reason) VALUES (%s, %s, %s, %s)
 ON CONFLICT (serial_number) WHERE released_at IS NULL DO NOTHING
 """
+
+_HOLD_ENROLMENTS = """
+SELECT FROM enrolments WHERE serial_number = (SELECT serial_number FROM devices WHERE device_id = %s)
+AND state IN ('requested','waiting','issued','active','conflict') ORDER BY enrolment_no FOR UPDATE
+"""
+"""Whoever holds one wants access next (store/provisioning.py)."""
 
 _CLOSE_ENROLMENTS = """
 WITH closed AS (
@@ -90,6 +96,7 @@ class DecommissionStore:
         device_id, actor, reason = asked.device_id, asked.actor, asked.reason
         async with self.db.pool.connection() as connection:
             await hold_planning(connection)
+            await connection.execute(_HOLD_ENROLMENTS, (device_id,))
             revision = await change_access(connection)
             await _remove_executions(connection, device_id, actor, reason)
             found = await standing(connection, device_id, lock=True)

@@ -32,6 +32,8 @@ ENGINE = "tidegate"
 """The actor of what no person decided."""
 CONFLICT_ALERT, RATE_ALERT = "enrolment-conflict", "claim-rate"
 RATE_WINDOW = timedelta(seconds=60)
+USUAL_PER_MINUTE = 1000
+"""New requests of a batch for which nobody has said how many are usual."""
 MAX_CONFLICTS = 20
 """Keys that are kept of those that claim one serial number; who sends more is only alerted of."""
 
@@ -49,7 +51,7 @@ FROM enrolments
 """
 
 _LIVE = """
-SELECT e.enrolment_no, e.spki_sha256, e.batch, e.state, e.reason, e.device_id, c.pem
+SELECT e.enrolment_no, e.spki_sha256, e.batch, e.state, e.reason, e.device_id, c.pem, c.state = 'revoked' AS revoked
 FROM enrolments e LEFT JOIN certificates c USING (certificate_id)
 WHERE e.serial_number = %s AND e.state IN ('requested','waiting','issued','active')
 """
@@ -72,9 +74,13 @@ SELECT (SELECT batch FROM claim_serials WHERE serial_number = %(serial)s) AS lis
 
 _DEVICE = """
 SELECT device_id, device_type, status,
-       EXISTS (SELECT FROM certificates c WHERE c.device_id = d.device_id AND c.state = 'valid' AND c.not_after > now())
+       EXISTS (SELECT FROM certificates c WHERE c.device_id = d.device_id AND c.state = 'valid' AND c.not_after > now()),
+       barred_at IS NOT NULL AND NOT EXISTS (
+         SELECT FROM enrolments e WHERE e.serial_number = d.serial_number AND e.state = 'failed'
+         AND e.reason = d.barred_reason)
 FROM devices d WHERE serial_number = %s
 """
+"""What an undone enrolment barred may come again by itself; what a person or the gateway barred may not."""
 
 _ADMIT = """
 INSERT INTO enrolments (serial_number, spki_sha256, public_key, batch, state, counted, source)
@@ -210,6 +216,12 @@ class EnrolmentStore:
                 return await self.get(enrolment_no)
             _must_be_conflict(conflict, enrolment_no)
             serial, text = conflict["serial_number"], f"enrolment {enrolment_no} takes its place: {reason or 'decided'}"
+            # Before the device is looked at: a certificate that is being issued for the other key is there afterwards.
+            await connection.execute(
+                "UPDATE enrolments SET state = 'closed', reason = %s, decided_at = now(), decided_by = %s "
+                "WHERE serial_number = %s AND state IN ('requested','waiting','issued','active')",
+                (text, actor, serial),
+            )
             device = await (await connection.execute(_DEVICE, (serial,))).fetchone()
             if device is not None:
                 await revoke(connection, device[0], RevocationReason.SUPERSEDED, actor, text)
@@ -218,11 +230,6 @@ class EnrolmentStore:
                     "AND status <> 'retired'",
                     (device[0],),
                 )
-            await connection.execute(
-                "UPDATE enrolments SET state = 'closed', reason = %s, decided_at = now(), decided_by = %s "
-                "WHERE serial_number = %s AND state IN ('requested','waiting','issued','active')",
-                (text, actor, serial),
-            )
             await _take_place_once(connection, enrolment_no, conflict)
             former = provision_workflow_id(serial)
             await forget(connection, former)
@@ -289,6 +296,12 @@ def _joined(live: dict[str, Any], batch: Batch, serial_number: str) -> Enrolment
     if live["batch"] != batch.name:
         return EnrolmentAnswer(
             EnrolmentState.REFUSED, f"serial number {serial_number} is enrolled through another batch than {batch.name}"
+        )
+    if live["revoked"]:
+        return EnrolmentAnswer(
+            EnrolmentState.REFUSED,
+            f"the certificate of this key for serial number {serial_number} was revoked, and a key does not come back; "
+            "make a new key, and a person has to decide whether it gets a certificate",
         )
     return EnrolmentAnswer(EnrolmentState(live["state"]), live["reason"], live["enrolment_no"], live["pem"])
 
@@ -382,9 +395,7 @@ async def _conflicts(connection: AsyncConnection, serial_number: str) -> int:
 
 async def _watch_rate(connection: AsyncConnection, held: _Held) -> bool:
     """Whether more new requests have come within a minute than the batch says is usual; then a person is told."""
-    limit, batch = held.alarm_per_minute, held.batch.name
-    if limit is None:
-        return False
+    limit, batch = held.alarm_per_minute or USUAL_PER_MINUTE, held.batch.name
     cursor = await connection.execute(
         "SELECT count(*) FROM (SELECT FROM enrolments WHERE batch = %s AND requested_at > now() - %s LIMIT %s) recent",
         (batch, RATE_WINDOW, limit + 1),

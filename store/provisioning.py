@@ -37,10 +37,13 @@ from store.access import change_access, revoke, share_access, unbar
 from store.audit import append_audit
 from store.certificates import DeviceCertificateRow, certificate_of_key
 from store.configurations import set_desired
-from store.engine import Database
+from store.engine import Database, fetch_one
 from store.enrolments import ENGINE, tell
 from store.waits import expect, forget, happened
 
+MAX_A_DAY = 50
+"""Certificates that a device is given within 24 hours: each one that is superseded is a line of the revocation list until
+it would have ended, and a change of access that every broker reads. A device on trial needs a handful."""
 MAX_UNCONFIRMED = 5
 """Certificates that a device may have been given and never used; who asks for more has to use one of them first."""
 
@@ -133,6 +136,7 @@ class ProvisioningStore:
     async def activate(self, asked: ActivateDeviceInput) -> ActivateDeviceResult:
         """The device is at work. Idempotent by its status; a device that was barred or retired meanwhile stays so."""
         async with self._db.pool.connection() as connection:
+            await connection.execute("SELECT FROM enrolments WHERE enrolment_no = %s FOR UPDATE", (asked.enrolment_no,))
             await share_access(connection)
             await forget(connection, asked.workflow_id)
             cursor = await connection.execute(
@@ -177,10 +181,10 @@ class ProvisioningStore:
                 return UndoProvisioningResult(revoked=gone if row["state"] == "failed" else 0)
             revoked: list[str] = []
             if row["certificate_id"] is not None:
+                # All of them: with the one it was given it may have fetched another meanwhile.
                 revoked = await revoke(
-                    connection, row["device_id"], RevocationReason.PRIVILEGE_WITHDRAWN, ENGINE, asked.reason,
-                    only=[row["certificate_id"]],
-                )  # fmt: skip
+                    connection, row["device_id"], RevocationReason.PRIVILEGE_WITHDRAWN, ENGINE, asked.reason
+                )
             else:
                 await _give_place_back(connection, row)
             await forget(connection, asked.workflow_id)
@@ -224,8 +228,8 @@ async def _issue(connection: AsyncConnection, asked: IssueCertificateInput, sign
     row = await _enrolment(connection, asked.enrolment_no, lock=True)
     if row["certificate_id"] is not None and row["state"] in ("issued", "active"):
         return await _issued_before(connection, row, asked.workflow_id)
+    device = await _hold_device(connection, row["serial_number"])
     _must_be_issuable(row, await _tombstone(connection, row["serial_number"]))
-    device = await _device(connection, row["serial_number"])
     reason = asked.reason or f"enrolled through batch {row['batch']}"
     if device is None:
         device_id = await _create(connection, row)
@@ -297,9 +301,8 @@ async def _create(connection: AsyncConnection, row: dict[str, Any]) -> str:
 
 
 async def _adopt(connection: AsyncConnection, device: dict[str, Any], actor: str, reason: str) -> None:
-    """A device that the registry knows: what is registered holds, and its word counts again."""
+    """A device that the registry knows and `_hold_device` holds: what is registered holds, and its word counts again."""
     if device["barred_at"] is not None:
-        await change_access(connection)
         await unbar(connection, device["device_id"], actor, reason)
     await connection.execute(
         "UPDATE devices SET status = 'provisioning', retired_at = NULL, updated_at = now() WHERE device_id = %s",
@@ -342,15 +345,20 @@ async def _reissue(
     )
     if why := why_not_reissue(asked.device_id, await cursor.fetchone()):
         raise RefusedError(why)
-    cursor = await connection.execute(
-        "SELECT count(*) FROM certificates WHERE device_id = %s AND state = 'valid' AND confirmed_at IS NULL "
-        "AND certificate_id <> %s",
-        (asked.device_id, asked.certificate_id),
+    unused, lately = await fetch_one(
+        connection,
+        "SELECT count(*) FILTER (WHERE state = 'valid' AND confirmed_at IS NULL AND certificate_id <> %s), "
+        "count(*) FILTER (WHERE issued_at > now() - interval '24 hours') FROM certificates WHERE device_id = %s",
+        (asked.certificate_id, asked.device_id),
     )
-    unused = await cursor.fetchone()
-    if unused is not None and unused[0] >= MAX_UNCONFIRMED:
+    if unused >= MAX_UNCONFIRMED:
         raise RefusedError(
-            f"device {asked.device_id} has {unused[0]} certificates that it never used; it has to use one of them first"
+            f"device {asked.device_id} has {unused} certificates that it never used; it has to use one of them first"
+        )
+    if lately >= MAX_A_DAY:
+        raise RefusedError(
+            f"device {asked.device_id} has been given {lately} certificates within 24 h, expected fewer than {MAX_A_DAY}; "
+            "it may ask again tomorrow"
         )
     generation = await _next_generation(connection, asked.device_id)
     key = load_pem_public_key(asked.public_key.encode())
@@ -410,10 +418,29 @@ def _batch_of(row: dict[str, Any]) -> Batch:
     )
 
 
-async def _device(connection: AsyncConnection, serial_number: str) -> dict[str, Any] | None:
+async def _hold_device(connection: AsyncConnection, serial_number: str) -> dict[str, Any] | None:
+    """The device that has this serial number, with its access: nobody bars or revokes it before this transaction ends.
+
+    Raises RefusedError where somebody has barred it meanwhile.
+    """
+    seen = await _device(connection, serial_number)
+    if seen is None:
+        return None
+    if seen["barred_at"] is None:
+        await share_access(connection)
+    else:
+        await change_access(connection)
+    held = await _device(connection, serial_number, lock=True)
+    if held is not None and held["barred_at"] is not None and seen["barred_at"] is None:
+        raise RefusedError(f"device {held['device_id']} was barred while it was being enrolled; ask again")
+    return held
+
+
+async def _device(connection: AsyncConnection, serial_number: str, *, lock: bool = False) -> dict[str, Any] | None:
     async with connection.cursor(row_factory=dict_row) as cursor:
         await cursor.execute(
-            "SELECT device_id, status, desired_config, barred_at FROM devices WHERE serial_number = %s",
+            "SELECT device_id, status, desired_config, barred_at FROM devices WHERE serial_number = %s"
+            + (" FOR UPDATE" if lock else ""),
             (serial_number,),
         )
         return await cursor.fetchone()

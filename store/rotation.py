@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from psycopg import AsyncConnection
 from psycopg.rows import class_row
 
-from domain.rotation import HeldCertificate, ending_text, share_left, sort_certificates
+from domain.rotation import HeldCertificate, ending_text, is_ending, share_left, sort_certificates
 from domain.standing import why_not_rotate
 from models.errors import RefusedError
 from models.identity import DeviceHappening, RevocationReason
@@ -124,7 +124,8 @@ class RotationStore:
 
     async def _ask(self, asked: AskForRotationInput) -> RotationSeen:
         async with self.db.pool.connection() as connection:
-            refuse(why_not_rotate(await standing(connection, asked.device_id)))
+            # Whoever retires the device at this moment ends its commands and waits: those of before, or none are made.
+            refuse(why_not_rotate(await standing(connection, asked.device_id, lock=True)))
             seen = await _seen(connection, asked.device_id, asked.old)
             waits: dict[DeviceHappening, int | None] = {}
             if seen.confirmed is None:
@@ -165,7 +166,8 @@ class RotationStore:
         """The new certificate was not seen in time: revoke it, so that no two are valid beyond the overlap.
 
         `confirmed` True: it was seen in the last moment, and the others are revoked instead. Where the old ones have
-        ended by themselves the new one stays, or the device would be left without any.
+        ended by themselves, or are about to, the new one stays: a device that was switched off while it rotated would
+        come back without any that is valid.
         """
         async with self.db.pool.connection() as connection:
             await change_access(connection)
@@ -175,7 +177,7 @@ class RotationStore:
             held = await _valid(connection, asked.device_id)
             old = [each.certificate_id for each in held if each.certificate_id in asked.old]
             new = [each.certificate_id for each in held if each.certificate_id not in asked.old]
-            if not old:
+            if not old or (new and await _all_ending(connection, old)):
                 return await _keep_unseen(connection, asked, new)
             if new:
                 await revoke(
@@ -283,7 +285,7 @@ async def _settle(connection: AsyncConnection, asked: EndRotationInput, confirme
 
 async def _keep_unseen(connection: AsyncConnection, asked: EndRotationInput, new: Sequence[str]) -> EndedRotation:
     await _stop_asking(connection, asked, "expired", asked.reason)
-    reason = f"{asked.reason}; it stays, because the one before has ended"
+    reason = f"{asked.reason}; it stays, because the one before has ended or is about to"
     if new:
         await raise_alert(connection, REVERTED_ALERT, asked.device_id, f"{asked.device_id}: {reason}")
     return EndedRotation(kept=new[0] if new else None, issued=bool(new), reason=reason)
@@ -309,6 +311,13 @@ async def _revoked_since(connection: AsyncConnection, asked: EndRotationInput) -
         {"device": asked.device_id, "old": list(asked.old)},
     )
     return tuple(row[0] for row in await cursor.fetchall())
+
+
+async def _all_ending(connection: AsyncConnection, certificate_ids: Sequence[str]) -> bool:
+    cursor = await connection.execute(
+        "SELECT issued_at, not_after, now() FROM certificates WHERE certificate_id = ANY(%s)", (list(certificate_ids),)
+    )
+    return all(is_ending(share_left(*row)) for row in await cursor.fetchall())
 
 
 async def _alert_if_ending(connection: AsyncConnection, device_id: str, tried: str) -> None:

@@ -29,9 +29,6 @@ PUBLISH_CRLS = "publish_crls"
 PREPARE_ARTIFACTS = "prepare_artifacts"
 """activities.artifacts.ArtifactActivities; by name, because a workflow has no use for a delta codec's imports."""
 
-PUBLISH_CRLS = "publish_crls"
-"""activities.authorities.AuthorityActivities; by name, because a workflow has no use for a signer's imports."""
-
 ROTATION_WORKFLOW = "CertificateRotationWorkflow"
 """workflows.rotation; by name, because who starts it where a device came by itself has no use for more."""
 

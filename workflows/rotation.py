@@ -1,7 +1,8 @@
 """A new certificate for a device: ask for it, wait until it is issued, wait until it has been seen to connect.
 
 Both certificates are valid while they overlap, and never longer: then the old one is revoked, or, where the device was
-not seen with the new one, the new one. A device that never comes keeps what it has. All of these are results.
+not seen with the new one, the new one, unless the old one is about to end by itself. A device that never comes keeps
+what it has. All of these are results.
 
 A signal only says that it is time to look: which certificates there are is PostgreSQL's, and is read under the lock of
 whoever revokes one (store/rotation.py).

@@ -22,11 +22,13 @@ from store import enrolments, provisioning
 from store.claims import ClaimStore
 from store.engine import Database
 from store.enrolments import EnrolmentAnswer, EnrolmentRequest, EnrolmentStore
+from store.peers import DevicePeer, PeerStore
 from store.provisioning import ProvisioningStore
 from tests.integration.enrolment_setup import (
     CONFIRM,
     ENROLL,
     PKCS10,
+    REENROLL,
     Door,
     Pki,
     body_for,
@@ -367,6 +369,88 @@ async def test_more_requests_in_a_minute_than_are_usual_raise_an_alert(db: Datab
     text = await value(db, "SELECT text FROM alerts WHERE rule = 'claim-rate' AND subject = 'line-4'")
     assert "more than 5 new requests within 60 s" in text
     assert await value(db, "SELECT count(*) FROM enrolments") == 6, "a guesser does not fill the table"
+
+
+async def test_a_batch_for_which_no_rate_is_given_is_watched_too(
+    db: Database, pki: Pki, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(enrolments, "USUAL_PER_MINUTE", 5)
+    await pki.batch(db, listed_only=True, serials=["SN-1"])
+    for n in range(20):
+        await ask(db, f"GUESS-{n}")
+    assert await column(db, "SELECT rule FROM alerts") == ["claim-rate"]
+    assert await value(db, "SELECT count(*) FROM enrolments") == 6
+
+
+async def test_mutant_without_the_count_of_requests_a_guesser_fills_the_table_and_nobody_is_told(
+    db: Database, pki: Pki, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def usual(*_: object) -> bool:
+        return False
+
+    await pki.batch(db, alarm_per_minute=5, listed_only=True, serials=["SN-1"])
+    monkeypatch.setattr(enrolments, "_watch_rate", usual)
+    for n in range(20):
+        await ask(db, f"GUESS-{n}")
+    assert await value(db, "SELECT count(*) FROM alerts") == 0
+    assert await value(db, "SELECT count(*) FROM enrolments") == 20
+
+
+@pytest.mark.parametrize(
+    ("serial", "statement", "look"),
+    [
+        ("SN-2", "_BATCH", "listed_only"),
+        ("SN-3", "_FACTS", "(SELECT batch FROM claim_serials WHERE serial_number = %(serial)s)"),
+    ],
+)
+async def test_mutant_without_the_look_at_the_lists_a_serial_number_on_none_or_another_enrols(
+    door: Door, db: Database, pki: Pki, monkeypatch: pytest.MonkeyPatch, serial: str, statement: str, look: str
+) -> None:
+    listed = statement == "_BATCH"
+    claim = door.client(await pki.batch(db, "line-4", listed_only=listed, serials=["SN-1"]))
+    await pki.batch(db, "line-5", serials=["SN-3"])
+    body = body_for(serial, new_key())
+    assert (await claim.post(ENROLL, content=body, headers=PKCS10)).status_code == 403
+    text = getattr(enrolments, statement)
+    nothing = "FALSE AS listed_only" if listed else "NULL::text"
+    monkeypatch.setattr(enrolments, statement, text.replace(look, nothing))
+    certificate_of(await claim.post(ENROLL, content=body, headers=PKCS10))
+
+
+async def test_mutant_without_the_looks_at_the_tombstone_a_retired_serial_number_enrols(
+    door: Door, db: Database, pki: Pki, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def none(*_: object) -> None:
+        return None
+
+    claim = door.client(await pki.batch(db))
+    async with db.pool.connection() as connection:
+        await connection.execute(
+            "INSERT INTO tombstones (serial_number, device_id, retired_by) VALUES ('SN-9', 'motor-9', 'alice')"
+        )
+    monkeypatch.setattr(enrolments, "_FACTS", enrolments._FACTS.replace("AND released_at IS NULL", "AND FALSE"))
+    answer = await claim.post(ENROLL, content=body_for("SN-9", new_key()), headers=PKCS10)
+    assert (answer.status_code, "was retired on" in answer.text) == (403, True), (
+        "the transaction that issues looks, too"
+    )
+    monkeypatch.setattr(provisioning, "_tombstone", none)
+    certificate_of(await claim.post(ENROLL, content=body_for("SN-9", new_key()), headers=PKCS10))
+
+
+async def test_mutant_without_the_look_at_whose_certificate_it_is_a_claim_gets_a_devices_next_certificate(
+    door: Door, db: Database, pki: Pki, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def anybody(_: PeerStore, certificate_id: str) -> DevicePeer:
+        return DevicePeer(certificate_id, "SN-1", "SN-1", "", "")
+
+    claim = door.client(await pki.batch(db))
+    await enrolled(door, claim)
+    monkeypatch.setattr(PeerStore, "device", anybody)
+    body = body_for("SN-1", new_key())
+    answer = await claim.post(REENROLL, content=body, headers=PKCS10)
+    assert answer.status_code == 403, "the transaction that issues looks, too"
+    monkeypatch.setattr(provisioning, "why_not_reissue", lambda *_: "")
+    assert (await claim.post(REENROLL, content=body, headers=PKCS10)).status_code == 200
 
 
 async def test_a_device_that_asks_again_and_again_raises_no_alert(db: Database, pki: Pki) -> None:

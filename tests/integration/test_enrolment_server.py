@@ -2,8 +2,10 @@
 
 import asyncio
 import base64
+import ssl
 import subprocess
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from pathlib import Path
 
 import httpx
@@ -11,12 +13,15 @@ import pytest
 from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import NameOID
 from temporalio.client import Client
+from temporalio.service import RPCError
 
-from enrolment import est
+from enrolment import est, tls
 from models.identity import AuthorityKind, DeviceHappening, ProvisionOutcome, RevocationReason
+from models.ids import reissue_workflow_id
 from pki.authority import make_authority, pem_of
+from pki.keys import spki_sha256
 from pki.pkcs7 import read_certs_only
-from store import peers
+from store import peers, provisioning
 from store.access import revoke
 from store.engine import Database
 from store.waits import expect
@@ -128,6 +133,44 @@ async def test_a_body_that_does_not_come_is_not_waited_for_long(
     assert (answer.status_code, "did not come within" in answer.text) == (400, True)
 
 
+@pytest.mark.parametrize(
+    "sent",
+    [
+        b"",
+        b"GET /.well-known/est/cacerts HTTP/1.1\r\nHost: a\r\n",
+        b"GET /.well-known/est/cacerts HTTP/1.1\r\nHost: a\r\n\r\nGET /",
+        b"POST /.well-known/est/simpleenroll HTTP/1.1\r\nHost: a\r\nContent-Length: 9000000\r\n\r\n",
+    ],
+    ids=["nothing", "half a head", "half a second head", "a body after the answer"],
+)
+async def test_a_connection_on_which_no_whole_request_comes_is_ended(
+    door: Door, monkeypatch: pytest.MonkeyPatch, sent: bytes
+) -> None:
+    """A stranger needs no certificate to connect: a few hundred such connections would keep devices out."""
+    monkeypatch.setattr(tls, "HEAD_SECONDS", 1.0)
+    context = ssl.create_default_context(cafile=str(door.ca))
+    reader, writer = await asyncio.open_connection(*door.url.removeprefix("https://").split(":"), ssl=context)
+
+    async def drip() -> None:
+        while True:
+            writer.write(sent[:1] and b"x")
+            await writer.drain()
+            await asyncio.sleep(0.1)
+
+    writer.write(sent)
+    dripping = asyncio.create_task(drip())
+    try:
+        async with asyncio.timeout(3):
+            with suppress(ConnectionError):
+                while await reader.read(1000):
+                    pass
+    finally:
+        dripping.cancel()
+        with suppress(asyncio.CancelledError, ConnectionError):
+            await dripping
+        writer.close()
+
+
 async def test_cacerts_needs_no_certificate_and_gives_the_service_and_device_authorities(door: Door, pki: Pki) -> None:
     answer = await door.client().get(CACERTS)
     assert (answer.status_code, answer.headers["content-type"]) == (200, "application/pkcs7-mime")
@@ -231,8 +274,6 @@ async def test_a_device_certificate_that_is_worth_nothing_any_more_gets_a_senten
 async def test_mutant_without_the_look_at_the_registry_a_revoked_device_gets_its_next_certificate(
     door: Door, db: Database, pki: Pki, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from store import provisioning
-
     device = door.client(await enrolled(door, door.client(await pki.batch(db))))
     async with db.pool.connection() as connection:
         await revoke(connection, "SN-1", RevocationReason.KEY_COMPROMISE, "alice", "lost")
@@ -293,6 +334,40 @@ async def test_a_device_that_never_uses_its_certificates_gets_only_a_few(door: D
 
 
 # --- waiting, and servers that are away ----------------------------------------------------------------------------------
+
+
+async def test_a_device_gets_only_so_many_certificates_within_a_day_however_well_it_uses_them(
+    door: Door, db: Database, pki: Pki, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each would be a line of the revocation list for 90 days, and a signal to every broker."""
+    monkeypatch.setattr(provisioning, "MAX_A_DAY", 3)
+    device = door.client(await enrolled(door, door.client(await pki.batch(db))))
+    answers = [await device.post(REENROLL, content=body_for("SN-1", new_key()), headers=PKCS10) for _ in range(3)]
+    assert [answer.status_code for answer in answers] == [200, 200, 403]
+    assert "has been given 3 certificates within 24 h" in answers[-1].text
+    async with db.pool.connection() as connection:
+        await connection.execute("UPDATE certificates SET issued_at = now() - interval '25 hours'")
+    again = await device.post(REENROLL, content=body_for("SN-1", new_key()), headers=PKCS10)
+    assert again.status_code == 200
+
+
+async def test_a_reissue_that_was_ended_is_503_and_not_an_error_of_the_server(
+    db: Database, pki: Pki, temporal: Client
+) -> None:
+    """Nobody signs, and its time is over, or a person has terminated it."""
+    async with serving(db, temporal, pki) as door:
+        async with working(db, temporal, pki):
+            device = door.client(await enrolled(door, door.client(await pki.batch(db))))
+        key = new_key()
+        asking = asyncio.create_task(device.post(REENROLL, content=body_for("SN-1", key), headers=PKCS10))
+        flow = temporal.get_workflow_handle(reissue_workflow_id("SN-1", spki_sha256(key.public_key())))
+        for _ in range(100):
+            with suppress(RPCError):
+                await flow.terminate("the test ends it")
+                break
+            await asyncio.sleep(0.05)
+        answer = await asking
+        assert (answer.status_code, "Retry-After" in answer.headers) == (503, True), answer.text
 
 
 async def test_a_request_that_takes_long_is_told_to_come_again_and_joins_what_runs(

@@ -71,6 +71,7 @@ from tests.integration.test_cli_registry import Desk
 from tests.workflow.conftest import BINARIES
 from tests.workflow.life_stage import life_workers
 from transport.publisher import Publisher
+from transport.retained import RetainedMessages
 from worker import Lifecycle
 from workflows import options
 from workflows.client import register_search_attributes, start_rollout
@@ -378,6 +379,25 @@ async def test_a_device_that_answers_is_wiped_retired_and_nothing_of_it_is_left(
     assert world.lists_signed == 1
     assert world.heard
     assert (await audit_of(world.db, DEVICE))[-1] == "device.decommissioned"
+
+
+async def test_without_ending_its_workflows_and_clearing_its_topics_a_decommissioned_device_leaves_both_behind(
+    world: World, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def nothing(*_: object) -> bool:
+        return False
+
+    async def no_topics(*_: object) -> tuple[str, ...]:
+        return ()
+
+    monkeypatch.setattr(TemporalFlows, "end", nothing)
+    monkeypatch.setattr(RetainedMessages, "clear", no_topics)
+    await world.rotate()
+    await world.until(lambda: _waiting(world, 1))
+    await _retain(world, DEVICE)
+    await world.result(await world.decommission(wipe_within=timedelta(0)))
+    assert await world.runs(rotate_workflow_id(DEVICE))
+    assert len(await _retained(world, DEVICE)) == 4
 
 
 async def test_a_device_that_never_answers_is_retired_all_the_same(world: World, device: str) -> None:

@@ -1,5 +1,6 @@
 """Rotation's transactions on a real PostgreSQL: what is asked, what is revoked, who is due."""
 
+import asyncio
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -14,6 +15,7 @@ from models.lifecycle import (
     RotateFleetInput,
     RotationSeen,
 )
+from store import rotation
 from store.access import revoke
 from store.engine import Database
 from store.rotation import RotationStore
@@ -117,6 +119,20 @@ async def test_a_device_that_is_barred_while_it_is_asked_is_waited_for_no_longer
     assert await waits(db) == []
 
 
+async def test_a_device_that_is_retired_just_as_it_is_asked_is_left_with_no_command(
+    store: RotationStore, db: Database
+) -> None:
+    first = await add_certificate(db, DEVICE)
+    async with db.pool.connection() as connection:
+        await connection.execute("UPDATE devices SET status = 'retired'")
+        asked = asyncio.create_task(store.ask(asking((first,))))
+        await asyncio.sleep(0.3)
+    with pytest.raises(RefusedError, match="it is retired"):
+        await asked
+    assert await rows(db, "SELECT FROM device_commands") == []
+    assert await waits(db) == []
+
+
 # --- asking ----------------------------------------------------------------------------------------------------------
 
 
@@ -179,6 +195,15 @@ async def test_nothing_is_revoked_for_a_certificate_that_was_not_seen(store: Rot
     assert await valid(db) == [first, second]
 
 
+async def test_without_waiting_for_the_new_certificate_to_be_seen_a_device_that_has_only_the_old_one_is_lost(
+    store: RotationStore, db: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = await add_certificate(db, DEVICE), await add_certificate(db, DEVICE, 2, confirmed=False)
+    monkeypatch.setattr(rotation, "_VALID", rotation._VALID.replace("confirmed_at IS NOT NULL", "TRUE"))
+    await store.settle(ending((first,)))
+    assert await valid(db) == [second]
+
+
 async def test_the_new_certificate_is_revoked_when_the_overlap_is_over_and_people_are_told(
     store: RotationStore, db: Database
 ) -> None:
@@ -209,6 +234,17 @@ async def test_the_new_certificate_stays_where_the_old_one_has_ended_or_the_devi
     assert (ended.kept, ended.revoked) == (second, ())
     assert second in await valid(db)
     assert (await one(db, "SELECT barred_at FROM devices"))["barred_at"] is None
+    assert await alerts(db) == {"rotation-reverted": DEVICE}
+
+
+async def test_the_new_certificate_stays_where_the_old_one_is_about_to_end(store: RotationStore, db: Database) -> None:
+    """A device that was switched off while it rotated comes back with one that is valid."""
+    first = await add_certificate(db, DEVICE, age=LIFE - 5 * DAY)
+    second = await add_certificate(db, DEVICE, 2, confirmed=False)
+    for _ in range(2):
+        ended = await store.revert(ending((first,), "not seen"))
+        assert (ended.kept, ended.confirmed, ended.revoked) == (second, False, ())
+    assert await valid(db) == [first, second]
     assert await alerts(db) == {"rotation-reverted": DEVICE}
 
 
