@@ -44,7 +44,10 @@ _FOR_NOBODY = (RPCStatusCode.NOT_FOUND, RPCStatusCode.INVALID_ARGUMENT)
 
 log = structlog.get_logger("relay")
 
-_TAKE = "SELECT outbox_no, workflow_id, event FROM workflow_outbox ORDER BY outbox_no LIMIT %s FOR UPDATE SKIP LOCKED"
+_TAKE = """
+SELECT outbox_no, workflow_id, event FROM workflow_outbox ORDER BY attempts, outbox_no LIMIT %s FOR UPDATE SKIP LOCKED
+"""
+"""What has failed waits behind what has not been tried, so that signals nobody can deliver hold up no other."""
 
 
 @dataclass
@@ -82,6 +85,10 @@ class OutboxRelay:
             results = await asyncio.gather(*(self._send(row[1], row[2]) for row in rows), return_exceptions=True)
             taken = [row[0] for row, result in zip(rows, results, strict=True) if result is None]
             await self._forget(connection, taken)
+            left = [row[0] for row in rows if row[0] not in taken]
+            await connection.execute(
+                "UPDATE workflow_outbox SET attempts = attempts + 1 WHERE outbox_no = ANY(%s)", (left,)
+            )
         failed = [result for result in results if result is not None]
         if failed:
             raise failed[0]

@@ -519,6 +519,7 @@ class OutboxSignal(SQLModel, table=True):
     outbox_no: int | None = Field(default=None, sa_column=Column(BigInteger, primary_key=True, autoincrement=True))
     workflow_id: str = Field(sa_column=Column(Text, nullable=False))
     event: dict[str, Any] = Field(sa_column=Column(JSONB, nullable=False))
+    attempts: int = Field(default=0, sa_column=Column(Integer, nullable=False, server_default="0"))
     created_at: datetime | None = Field(default=None, sa_column=_time(False, True))
 
 

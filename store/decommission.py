@@ -73,8 +73,12 @@ class DecommissionStore:
             return BegunDecommission(serial_number=found.serial_number, answers=_answers(found))
 
     async def ask_to_wipe(self, asked: AskToWipeInput) -> WipeAsked:
-        """Open the command, and wait for its answer. What was answered already is not asked again."""
+        """Open the command, and wait for its answer. What was answered already is not asked again.
+
+        Raises RefusedError where the device is retired: a late attempt must not wipe whoever enrols there next.
+        """
         async with self.db.pool.connection() as connection:
+            refuse(why_not_decommission(await standing(connection, asked.device_id, lock=True)))
             cursor = await connection.execute(
                 f"SELECT request_id FROM device_commands WHERE device_id = %s AND operation = %s "
                 f"AND state IN ('succeeded','failed') AND {_OF_THIS_LIFE} ORDER BY created_at DESC LIMIT 1".encode(),

@@ -291,6 +291,7 @@ def upgrade() -> None:
         sa.Column("outbox_no", sa.BigInteger(), autoincrement=True, nullable=False),
         sa.Column("workflow_id", sa.Text(), nullable=False),
         sa.Column("event", postgresql.JSONB(astext_type=sa.Text()), nullable=False),
+        sa.Column("attempts", sa.Integer(), server_default="0", nullable=False),
         sa.Column("created_at", sa.DateTime(timezone=True), server_default=sa.text("now()"), nullable=False),
         sa.PrimaryKeyConstraint("outbox_no"),
     )

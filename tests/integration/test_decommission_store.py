@@ -178,6 +178,17 @@ async def test_a_device_that_could_not_wipe_is_not_asked_again_and_not_called_wi
     assert not (await store.retire(RETIRE)).wiped
 
 
+async def test_an_attempt_that_comes_after_the_end_leaves_no_wipe_for_who_comes_next(
+    store: DecommissionStore, db: Database
+) -> None:
+    await add_devices(db, 1)
+    await add_certificate(db, DEVICE)
+    await store.retire(RETIRE)
+    with pytest.raises(RefusedError, match="retired already"):
+        await store.ask_to_wipe(asking())
+    assert await one(db, "SELECT count(*) AS n FROM device_commands") == {"n": 0}
+
+
 @pytest.mark.parametrize("change", ["barred_at = now()", None])
 async def test_a_device_that_is_barred_or_has_no_certificate_is_not_waited_for(
     store: DecommissionStore, db: Database, change: str | None

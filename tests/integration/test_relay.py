@@ -5,14 +5,16 @@ from collections.abc import AsyncIterator
 from typing import Any
 from uuid import uuid4
 
+import pytest
 import pytest_asyncio
 from temporalio import workflow
 from temporalio.client import WorkflowHandle
 from temporalio.contrib.pydantic import pydantic_data_converter
+from temporalio.service import RPCError, RPCStatusCode
 from temporalio.testing import WorkflowEnvironment
 from temporalio.worker import UnsandboxedWorkflowRunner, Worker
 
-from activities.relay import OutboxRelay
+from activities.relay import BATCH, OutboxRelay
 from models.identity import DeviceEvent, DeviceHappening
 from models.protocol import heartbeat_topic
 from store.engine import Database
@@ -177,8 +179,6 @@ async def test_two_relays_share_the_outbox_and_what_temporal_refuses_stays(
 
     async def refusing(workflow_id: str, event: Any) -> None:
         nonlocal refused
-        from temporalio.service import RPCError, RPCStatusCode
-
         if refused < 5:
             refused += 1
             raise RPCError("away", RPCStatusCode.UNAVAILABLE, b"")
@@ -191,3 +191,26 @@ async def test_two_relays_share_the_outbox_and_what_temporal_refuses_stays(
     stop.set()
     await asyncio.gather(*running)
     assert await waiting(db) == 0
+
+
+async def test_signals_that_nobody_can_deliver_hold_up_no_other(
+    db: Database, server: WorkflowEnvironment, monkeypatch: Any
+) -> None:
+    stuck, handle = await listener(server, 1), await listener(server, 1)
+    await tell(db, stuck.id, *(f"motor-{i}" for i in range(BATCH)))
+    await tell(db, handle.id, "motor-x")
+    relay = OutboxRelay(db, server.client, DEVICE_EVENT)
+    original = relay._send
+
+    async def refusing(workflow_id: str, event: Any) -> None:
+        if workflow_id == stuck.id:
+            raise RPCError("away", RPCStatusCode.UNAVAILABLE, b"")
+        await original(workflow_id, event)
+
+    monkeypatch.setattr(relay, "_send", refusing)
+    for _ in range(2):
+        with pytest.raises(RPCError):
+            await relay.deliver()
+    assert [event.device_id for event in await asyncio.wait_for(handle.result(), 10)] == ["motor-x"]
+    assert await waiting(db) == BATCH
+    await stuck.terminate("the test is over")
