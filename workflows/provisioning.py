@@ -36,6 +36,12 @@ with workflow.unsafe.imports_passed_through():
     from workflows import options
     from workflows import provisioning_steps as steps
 
+_AWAITED = {
+    DeviceHappening.CONNECTED: "its first connection",
+    DeviceHappening.CONFIGURED: "its report that it runs its configuration",
+    DeviceHappening.HEARTBEAT: "its first heartbeat",
+}
+
 
 class _Undone(Exception):
     """The process cannot go on; what was done is to be taken back."""
@@ -142,8 +148,11 @@ class ProvisioningWorkflow:
         return self._result(ProvisionOutcome.ACTIVE, f"{device} connected, is configured and sends heartbeats")
 
     async def _expect(self, happening: DeviceHappening, limit: timedelta, late: str) -> None:
-        workflow.set_current_details(f"**waiting** for `{happening}`, at most {format_duration(limit)}")
-        if not await self._within(limit, lambda: happening in self._happened, happening.value):
+        what = _AWAITED[happening]
+        workflow.set_current_details(
+            f"**waiting** for {what}, until {workflow.now() + limit:%Y-%m-%d %H:%M:%S} UTC at the latest"
+        )
+        if not await self._within(limit, lambda: happening in self._happened, what):
             raise _Undone(f"{late} within {format_duration(limit)}")
 
     async def _undo(self, reason: str) -> ProvisionDeviceResult:
@@ -195,7 +204,9 @@ class ProvisioningWorkflow:
         if condition():
             return True
         try:
-            await workflow.wait_condition(condition, timeout=limit, timeout_summary=f"limit of {what}")
+            await workflow.wait_condition(
+                condition, timeout=limit, timeout_summary=f"{what}, within {format_duration(limit)}"
+            )
         except TimeoutError:
             return condition()
         return True
