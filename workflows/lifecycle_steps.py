@@ -85,7 +85,10 @@ async def want_configuration(asked: WantConfigurationInput) -> WantedConfigurati
 async def hint_configuration(asked: HintConfigurationInput) -> ConfigurationSeen:
     """Tell the device, unless it runs it by now."""
     return await workflow.execute_activity_method(
-        ConfigurationActivities.hint_configuration, asked, summary=f"version {asked.version}", **_SHORT
+        ConfigurationActivities.hint_configuration,
+        asked,
+        summary=f"version {asked.version}, unless it runs it",
+        **_SHORT,
     )
 
 

@@ -110,7 +110,8 @@ class ProvisioningWorkflow:
         workflow.upsert_search_attributes([options.PHASE.value_set("waiting-approval")])
         limit = self._asked.limits.approval
         workflow.set_current_details(
-            f"**waiting for a person** {reason}: `starter.py enrolment approve {self._asked.enrolment_no}`"
+            f"**waiting for a person** {reason}: `starter.py enrolment approve {self._asked.enrolment_no}`, "
+            f"until {workflow.now() + limit:%Y-%m-%d %H:%M:%S} UTC at the latest"
         )
         decided = await self._within(limit, lambda: bool(self._approved or self._rejected), "a person's approval")
         self._awaits_person = False
