@@ -175,7 +175,8 @@ async def enroll_device(
     address = url or session.settings.enrolment_url
     if address is None:
         raise InvalidInputError(
-            "no enrolment server: give --url, set TIDEGATE_ENROLMENT_URL, or name a stack with --state"
+            "no address of the enrolment server: start the stack with 'starter.py up', name its directory with --state, "
+            "give --url, or set TIDEGATE_ENROLMENT_URL"
         )
     try:
         seconds = parse_duration(wait).total_seconds()
