@@ -60,7 +60,13 @@ def _shortened(details: dict[str, Any]) -> dict[str, Any]:
     >>> _shortened({"certificate_id": "0123456789abcdef" * 4, "generation": 2})
     {'certificate_id': '0123456789abcdef', 'generation': 2}
     """
-    return {name: value[:16] if _HASH.fullmatch(str(value)) else value for name, value in details.items()}
+    return {name: _short(value) for name, value in details.items()}
+
+
+def _short(value: Any) -> Any:
+    if isinstance(value, list):
+        return ", ".join(str(_short(each)) for each in value)
+    return value[:16] if isinstance(value, str) and _HASH.fullmatch(value) else value
 
 
 def since_of(written: str, now: datetime) -> datetime:

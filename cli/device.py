@@ -172,12 +172,7 @@ async def enroll_device(
     """
     from cli.enroll import enroll
 
-    address = url or session.settings.enrolment_url
-    if address is None:
-        raise InvalidInputError(
-            "no address of the enrolment server: start the stack with 'starter.py up', name its directory with --state, "
-            "give --url, or set TIDEGATE_ENROLMENT_URL"
-        )
+    address = url or session.enrolment_url()
     try:
         seconds = parse_duration(wait).total_seconds()
     except (ValueError, OverflowError) as error:
