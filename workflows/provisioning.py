@@ -110,8 +110,8 @@ class ProvisioningWorkflow:
         workflow.upsert_search_attributes([options.PHASE.value_set("waiting-approval")])
         limit = self._asked.limits.approval
         workflow.set_current_details(
-            f"**waiting for a person** {reason}: `starter.py enrolment approve {self._asked.enrolment_no}`, "
-            f"until {workflow.now() + limit:%Y-%m-%d %H:%M:%S} UTC at the latest"
+            f"**waiting for a person** {reason}: `starter.py enrolment approve {self._asked.enrolment_no}`"
+            f"\n\n{_next_limit(limit)}"
         )
         decided = await self._within(limit, lambda: bool(self._approved or self._rejected), "a person's approval")
         self._awaits_person = False
@@ -150,9 +150,7 @@ class ProvisioningWorkflow:
 
     async def _expect(self, happening: DeviceHappening, limit: timedelta, late: str) -> None:
         what = _AWAITED[happening]
-        workflow.set_current_details(
-            f"**waiting** for {what}, until {workflow.now() + limit:%Y-%m-%d %H:%M:%S} UTC at the latest"
-        )
+        workflow.set_current_details(f"**waiting** for {what}\n\n{_next_limit(limit)}")
         if not await self._within(limit, lambda: happening in self._happened, what):
             raise _Undone(f"{late} within {format_duration(limit)}")
 
@@ -221,6 +219,10 @@ class ProvisioningWorkflow:
             device_id=issued.device_id if issued else None,
             certificate_id=issued.certificate_id if issued else None,
         )
+
+
+def _next_limit(limit: timedelta) -> str:
+    return f"Next limit: {workflow.now() + limit:%Y-%m-%d %H:%M:%S} UTC"
 
 
 def _said(error: BaseException) -> str:
