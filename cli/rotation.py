@@ -75,7 +75,7 @@ async def status(session: Session) -> None:
         ("asked in 24 h", figures.asked),
         ("not seen yet", figures.unconfirmed),
         ("nearly over", figures.ending),
-        ("over", figures.expired),
+        ("none valid", figures.expired),
         ("next end", when(figures.next_end)),
         ("rotations running", running),
         ("next sweep", next_sweep),
