@@ -1,8 +1,9 @@
 """`audit`: who did what to which identity, when and why. Reads; the lines are written with the deeds they tell of."""
 
+import re
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -11,6 +12,8 @@ from cli.output import as_dict, table
 from models.errors import InvalidInputError
 from models.quantities import parse_duration
 from store.audit import AuditStore
+
+_HASH = re.compile("[0-9a-f]{64}")
 
 
 async def show_audit(
@@ -44,11 +47,26 @@ async def show_audit(
             subjects = [("batch", batch)]
         pattern = None if action is None else pattern_of(action)
         lines = await store.find(subjects=subjects, actor=actor, action=pattern, since=earliest, limit=limit)
-    rows = [(e.at, e.actor, e.action, f"{e.subject_kind} {e.subject}", e.reason, e.details) for e in lines]
+    rows = [(e.at, e.actor, e.action, f"{e.subject_kind} {e.subject}", e.reason, _shortened(e.details)) for e in lines]
     columns = ("when", "actor", "action", "subject", "reason", "details")
     session.out.result({"events": [as_dict(e) for e in lines]}, [table("", columns, rows)] if rows else [])
     more = f"; --limit shows more than {limit}" if len(lines) == limit else ""
     session.out.say(f"{len(lines)} line{'' if len(lines) == 1 else 's'}{more}")
+
+
+def _shortened(details: dict[str, Any]) -> dict[str, Any]:
+    """Hashes as the other tables show them, by their beginning; --json has all of them.
+
+    >>> _shortened({"certificate_id": "0123456789abcdef" * 4, "generation": 2})
+    {'certificate_id': '0123456789abcdef', 'generation': 2}
+    """
+    return {name: _short(value) for name, value in details.items()}
+
+
+def _short(value: Any) -> Any:
+    if isinstance(value, list):
+        return ", ".join(str(_short(each)) for each in value)
+    return value[:16] if isinstance(value, str) and _HASH.fullmatch(value) else value
 
 
 def since_of(written: str, now: datetime) -> datetime:

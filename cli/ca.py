@@ -51,7 +51,8 @@ async def init(session: Session, days: DaysOption = AUTHORITY_DAYS) -> None:
 async def show(
     session: Session,
     authority: Annotated[
-        str | None, typer.Argument(metavar="AUTHORITY", help="Id (its beginning will do) or name; all where not given.")
+        str | None,
+        typer.Argument(metavar="AUTHORITY", help="Id (its beginning will do), name or kind; all where not given."),
     ] = None,
     kind: Annotated[
         AuthorityKind | None, typer.Option(metavar="KIND", help=f"One of {', '.join(AuthorityKind)}.")
@@ -61,6 +62,8 @@ async def show(
     ] = None,
 ) -> None:
     """Show the certificate authorities, or everything on one of them."""
+    if named := next((each for each in AuthorityKind if each == authority), None):
+        authority, kind = None, named
     async with session.database() as db:
         store = AuthorityStore(db)
         found = [await store.get(authority)] if authority is not None else await store.find(kind)

@@ -69,8 +69,8 @@ async def create(
 ) -> None:
     """Make a batch and its claim certificate.
 
-    The files in DIR go into the devices of the batch. The claim key is as secret as a key in many devices can be: what it
-    is worth is bounded by the batch, and 'claim disable' ends it.
+    The files in DIR go into the devices of the batch. A key that is in many devices is not very secret: the batch bounds
+    what it is worth, and 'claim disable' ends it.
     """
     listed = [] if serials is None else read_serials(serials)
     spec = _spec(

@@ -99,6 +99,15 @@ class Session:
         base = f"{self.endpoints.ui_url.rstrip('/')}/namespaces/{self.settings.temporal_namespace}/workflows"
         return f"{base}/{quote(workflow_id, safe='')}"
 
+    def enrolment_url(self) -> str:
+        """The enrolment server's address. Raises UnavailableError where none is known."""
+        return _needed(self.settings.enrolment_url, "the enrolment server", "TIDEGATE_ENROLMENT_URL", self.settings)
+
+    def say_process(self, workflow_id: str) -> None:
+        """Where a person can watch a workflow; nothing where there is no UI."""
+        if link := self.ui_link(workflow_id):
+            self.out.say(f"its process: {link}")
+
 
 def _needed(address: str | None, server: str, variable: str, settings: Settings) -> str:
     if address is None:

@@ -162,7 +162,9 @@ async def enroll_device(
         str | None,
         typer.Option(metavar="URL", help="Enrolment server (TIDEGATE_ENROLMENT_URL).", show_default=False),
     ] = None,
-    wait: Annotated[str, typer.Option(metavar="DURATION", help="How long to ask again while it waits.")] = "60s",
+    wait: Annotated[
+        str, typer.Option(metavar="DURATION", help="How long to ask again while it waits (else status 5).")
+    ] = "60s",
 ) -> None:
     """Play a device by hand: make a key, ask for a certificate with a claim certificate, and keep both.
 
@@ -170,11 +172,7 @@ async def enroll_device(
     """
     from cli.enroll import enroll
 
-    address = url or session.settings.enrolment_url
-    if address is None:
-        raise InvalidInputError(
-            "no enrolment server: give --url, set TIDEGATE_ENROLMENT_URL, or name a stack with --state"
-        )
+    address = url or session.enrolment_url()
     try:
         seconds = parse_duration(wait).total_seconds()
     except (ValueError, OverflowError) as error:

@@ -23,7 +23,7 @@ from cryptography.hazmat.primitives.serialization import (
 from cryptography.x509.oid import NameOID
 
 from cli.claim import write_new
-from models.errors import InvalidInputError, NotFoundError, RefusedError, UnavailableError
+from models.errors import InvalidInputError, NotFoundError, RefusedError, StillWaitingError, UnavailableError
 from models.ids import SERIAL_NUMBER
 from pki.authority import pem_of
 from pki.pkcs7 import read_certs_only
@@ -50,7 +50,7 @@ def enroll(url: str, serial_number: str, claim: Path, out: Path, wait: float, sa
         claim: directory with claim.key, claim.pem and ca.pem ('claim create' writes it).
         out: gets key.pem, cert.pem, ca.pem and thing-name.
 
-    Raises RefusedError with the server's sentence.
+    Raises RefusedError with the server's sentence, StillWaitingError when the time is over.
     """
     if not SERIAL_NUMBER.fullmatch(serial_number):
         raise InvalidInputError(
@@ -119,9 +119,9 @@ def _ask(url: str, context: ssl.SSLContext, body: bytes, wait: float, say: Calla
                 raise RefusedError(f"the enrolment server refused ({answer.status_code}): {text}")
             pause = min(float(answer.headers.get("Retry-After", "5")), 5.0)
             if time.monotonic() + pause > deadline:
-                raise UnavailableError(
-                    f"no certificate within {wait:.0f} s: {text}; repeat the command to go on asking"
-                )
+                over = StillWaitingError if answer.status_code == httpx.codes.ACCEPTED else UnavailableError
+                reason = text.removesuffix("; ask again")
+                raise over(f"no certificate within {wait:.0f} s: {reason}; the same command goes on asking")
             if text != said:
                 say(text)
             said = text

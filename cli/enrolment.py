@@ -63,8 +63,7 @@ async def show(session: Session, number: Number) -> None:
     async with session.database() as db:
         found = await EnrolmentStore(db).get(number)
     _print(session, found)
-    if link := session.ui_link(provision_workflow_id(found.serial_number)):
-        session.out.say(f"its process: {link}")
+    session.say_process(provision_workflow_id(found.serial_number))
 
 
 @command(app, "approve")

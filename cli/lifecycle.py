@@ -87,6 +87,7 @@ async def configure_device(
         session.out.result(
             shown, f"{device_id} is asked to take the configuration; 'device configuration {device_id}' shows it"
         )
+        session.say_process(handle.id)
         return ExitStatus.WAITING if patience else ExitStatus.SUCCEEDED
     session.out.result(result, f"{device_id}: {result.reason}")
     return _status_of(result)
@@ -176,6 +177,7 @@ async def rotate_device(
         session.out.result(
             shown, f"{device_id} is asked for a new key; 'device certificates {device_id}' shows what comes"
         )
+        session.say_process(handle.id)
         return ExitStatus.WAITING if patience else ExitStatus.SUCCEEDED
     session.out.result(result, f"{device_id}: {result.outcome}: {result.reason}")
     return {
@@ -200,13 +202,16 @@ async def revoke_device(
         revoked = await LifecycleStore(db).revoke(device_id, code, whoami(), reason)
     if revoked:
         await _sign_soon(session)
-    many = f"{len(revoked)} certificate{'' if len(revoked) == 1 else 's'}"
     text = (
-        f"{device_id}: {many} revoked, and nothing that it says is used"
+        f"{device_id}: {_many(len(revoked), 'certificate')} revoked, and nothing that it says is used"
         if revoked
         else f"{device_id} had no valid certificate"
     )
     session.out.result({"device_id": device_id, "revoked": revoked}, text)
+
+
+def _many(count: int, what: str) -> str:
+    return f"{count} {what}{'' if count == 1 else 's'}"
 
 
 @command(app, "unbar")
@@ -252,13 +257,14 @@ async def decommission_device(
         session.out.result(
             shown, f"{device_id} is being decommissioned; 'device show {device_id}' says when it is retired"
         )
+        session.say_process(handle.id)
         return ExitStatus.SUCCEEDED
     result = await _result(handle, timedelta(days=1))
     if result is None:
         return ExitStatus.WAITING
     text = (
-        f"{device_id} is retired: {result.certificates_revoked} certificates revoked, {result.executions_removed} updates "
-        f"stopped; {result.reason}"
+        f"{device_id} is retired: {_many(result.certificates_revoked, 'certificate')} revoked, "
+        f"{_many(result.executions_removed, 'update')} stopped; {result.reason}"
     )
     session.out.result(result, text)
     return ExitStatus.SUCCEEDED

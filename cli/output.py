@@ -27,6 +27,7 @@ from models.errors import (
     NotFoundError,
     RefusedError,
     SpecError,
+    StillWaitingError,
 )
 from models.quantities import format_duration
 from models.rollout import Outcome
@@ -74,6 +75,8 @@ def status_of_error(error: BaseException) -> ExitStatus:
         return ExitStatus.REFUSED
     if isinstance(error, InvalidInputError | NotFoundError):
         return ExitStatus.USAGE
+    if isinstance(error, StillWaitingError):
+        return ExitStatus.WAITING
     return ExitStatus.ERROR
 
 

@@ -51,8 +51,10 @@ async def start(
         raise ConflictError("cannot start a rotation of the fleet: one that a person started runs already") from error
     minutes = -(-due // per_minute)
     text = (
-        f"{due} devices are going to be asked, {per_minute} per minute, in about {minutes} min"
+        f"{due} device{'' if due == 1 else 's'} to be asked, {per_minute} per minute, in about {minutes} min"
         if due
+        else "no device to ask: one that was asked, or got a certificate, within 24 h is left alone"
+        if everything
         else "no device is due"
     )
     session.out.result({"workflow_id": handle.id, "due": due, "per_minute": per_minute}, text)
@@ -73,7 +75,7 @@ async def status(session: Session) -> None:
         ("asked in 24 h", figures.asked),
         ("not seen yet", figures.unconfirmed),
         ("nearly over", figures.ending),
-        ("over", figures.expired),
+        ("none valid", figures.expired),
         ("next end", when(figures.next_end)),
         ("rotations running", running),
         ("next sweep", next_sweep),

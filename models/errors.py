@@ -9,6 +9,7 @@ TidegateError
 ├── ConflictError              it exists already, with other content; or another rollout holds the devices
 ├── RefusedError               the request is well-formed and the state of things does not allow it
 ├── VerificationError          signature, hash, size, hardware, version or counter did not hold (firmware/)
+├── StillWaitingError          the time given for a person or a device is over
 └── UnavailableError           a server we depend on did not answer
 ```
 
@@ -73,6 +74,10 @@ class ConflictError(TidegateError):
 
 class RefusedError(TidegateError):
     """Well-formed, but the state of things does not allow it."""
+
+
+class StillWaitingError(TidegateError):
+    """Nothing is wrong; it waits for a person or a device, and the time given for it is over."""
 
 
 class VerificationError(TidegateError):

@@ -212,7 +212,9 @@ class EnrolmentStore:
         """
         async with self._db.pool.connection() as connection:
             conflict = await _lock_conflict(connection, enrolment_no)
-            if conflict["state"] in LIVE and conflict["decided_by"] is not None:
+            if conflict["state"] in LIVE and await _accepted_before(
+                connection, conflict["serial_number"], enrolment_no
+            ):
                 return await self.get(enrolment_no)
             _must_be_conflict(conflict, enrolment_no)
             serial, text = conflict["serial_number"], f"enrolment {enrolment_no} takes its place: {reason or 'decided'}"
@@ -349,7 +351,8 @@ async def _note(
     conflict = judged.admission is Admission.CONFLICT
     state = EnrolmentState.CONFLICT if conflict else EnrolmentState.REFUSED
     if conflict:
-        await raise_alert(connection, CONFLICT_ALERT, asked.serial_number, judged.reason)
+        next_step = "'enrolment list --status conflict' shows the keys, 'enrolment resolve' decides"
+        await raise_alert(connection, CONFLICT_ALERT, asked.serial_number, f"{judged.reason}; {next_step}")
     if conflict and await _conflicts(connection, asked.serial_number) >= MAX_CONFLICTS:
         return EnrolmentAnswer(state, judged.reason)
     if not conflict and await _watch_rate(connection, held):
@@ -437,6 +440,17 @@ def _must_be_conflict(row: dict[str, Any], enrolment_no: int) -> None:
             f"cannot resolve enrolment {enrolment_no}: it is {row['state']}, expected a conflict; "
             "'enrolment list --status conflict' shows those that wait for a decision"
         )
+
+
+async def _accepted_before(connection: AsyncConnection, serial_number: str, enrolment_no: int) -> bool:
+    """Whether a person has decided for this conflict. One that is in because its batch let it in was none."""
+    cursor = await connection.execute(
+        "SELECT EXISTS (SELECT FROM audit_events WHERE subject_kind = 'serial' AND subject = %s "
+        "AND action = 'enrolment.accepted' AND details->>'enrolment_no' = %s)",
+        (serial_number, str(enrolment_no)),
+    )
+    row = await cursor.fetchone()
+    return bool(row and row[0])
 
 
 async def _take_place_once(connection: AsyncConnection, enrolment_no: int, row: dict[str, Any]) -> None:

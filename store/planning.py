@@ -11,6 +11,7 @@ from psycopg.types.json import Jsonb
 from domain.admission import FIRMWARE_UPDATE
 from domain.gate import breaker_of, completion_count
 from domain.waves import cut_waves
+from models.device import DeviceStatus
 from models.errors import ConflictError, NotFoundError, RefusedError
 from models.ids import parse_release_ref, rollout_job_id
 from models.rollout import PlannedWave, PlanRolloutInput, PlanRolloutResult
@@ -84,7 +85,8 @@ async def _release_of(connection: AsyncConnection, spec: RolloutSpec) -> dict[st
 def _targets_sql(spec: RolloutSpec, sha256: str) -> tuple[Any, dict[str, Any]]:
     """Devices of the target that do not run the release yet, in their order, as a temporary table.
 
-    Whatever the target says: a device that is retired, or whose word counts for nothing, is not chosen.
+    Whatever the target says: a device that is retired, or whose word counts for nothing, is not chosen. One that is
+    being provisioned has never been heard of, and a wave would wait for it: it is chosen where the target asks for it.
     """
     condition, parameters = where(spec.target)
     sql = (
@@ -92,9 +94,11 @@ def _targets_sql(spec: RolloutSpec, sha256: str) -> tuple[Any, dict[str, Any]]:
         "SELECT d.device_id, d.device_type, d.firmware_version, d.firmware_sha256, "
         "row_number() OVER (ORDER BY md5(%(rollout)s || '/' || d.device_id), d.device_id) AS rank "
         f"FROM devices d WHERE {condition} AND d.status <> 'retired' AND d.barred_at IS NULL "
+        "AND (d.status <> 'provisioning' OR %(any_status)s) "
         "AND d.firmware_sha256 IS DISTINCT FROM %(target_sha256)s"
     )
-    return sql, {**parameters, "rollout": spec.name, "target_sha256": sha256}
+    asked_for = DeviceStatus.PROVISIONING in spec.target.statuses
+    return sql, {**parameters, "rollout": spec.name, "target_sha256": sha256, "any_status": asked_for}
 
 
 async def _refuse_bad_targets(connection: AsyncConnection, spec: RolloutSpec, release: dict[str, Any]) -> None:

@@ -75,7 +75,11 @@ class ConfigurationWorkflow:
             )
             version, applied = wanted.version, wanted.applied
             self._status = self._status.model_copy(update={"version": version, "until": deadline})
-            self._show("waiting", f"**waiting** for the device to report version {version}, asked by {asked.actor}")
+            self._show(
+                "waiting",
+                f"**waiting** for the device to report version {version}\n\n"
+                f"Next limit: {deadline:%Y-%m-%d %H:%M:%S} UTC\n\n{steps.asked_by(asked.actor, asked.reason)}",
+            )
             pause = options.FIRST_REMINDER
             while not applied and not self._requests and workflow.now() < deadline:
                 applied = (await self._hint(version)) or await self._wait(

@@ -120,7 +120,7 @@ class DecommissionWorkflow:
         self._status = LifecycleStatus(device_id=self._asked.device_id, phase=phase, until=until)
         ends = f"\n\nNext limit: {until:%Y-%m-%d %H:%M:%S} UTC" if until else ""
         asked = self._asked
-        steps.show(phase, f"**{phase}** {what}{ends}\n\nAsked by {asked.actor} {asked.reason}".rstrip(), outcome)
+        steps.show(phase, f"**{phase}** {what}{ends}\n\n{steps.asked_by(asked.actor, asked.reason)}", outcome)
 
     @workflow.signal(name=options.DEVICE_EVENT)
     def device_event(self, event: DeviceEvent) -> None:

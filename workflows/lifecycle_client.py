@@ -70,7 +70,7 @@ async def start_configuration(
         start_signal=options.CONFIGURE,
         start_signal_args=[asked],
         search_attributes=_attributes(options.KIND_CONFIGURATION, asked.device_id),
-        static_summary=f"configuration of {asked.device_id}",
+        static_summary=f"configuration of {asked.device_id}, {_asked_by(asked.actor, asked.reason)}"[:200],
     )
 
 
@@ -86,7 +86,7 @@ async def start_rotation(
         id_reuse_policy=WorkflowIDReusePolicy.ALLOW_DUPLICATE,
         id_conflict_policy=WorkflowIDConflictPolicy.FAIL,
         search_attributes=_attributes(options.KIND_ROTATION, asked.device_id),
-        static_summary=f"new certificate for {asked.device_id}: {asked.reason or asked.actor}"[:200],
+        static_summary=f"new certificate for {asked.device_id}, {_asked_by(asked.actor, asked.reason)}"[:200],
     )
 
 
@@ -102,8 +102,12 @@ async def start_decommission(
         id_reuse_policy=WorkflowIDReusePolicy.ALLOW_DUPLICATE,
         id_conflict_policy=WorkflowIDConflictPolicy.FAIL,
         search_attributes=_attributes(options.KIND_DECOMMISSION, asked.device_id),
-        static_summary=f"end of {asked.device_id}: {asked.reason or asked.actor}"[:200],
+        static_summary=f"end of {asked.device_id}, {_asked_by(asked.actor, asked.reason)}"[:200],
     )
+
+
+def _asked_by(actor: str, reason: str) -> str:
+    return f"asked by {actor}: {reason}" if reason else f"asked by {actor}"
 
 
 async def start_fleet_rotation(

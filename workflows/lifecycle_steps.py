@@ -63,6 +63,15 @@ def show(phase: str, details: str, outcome: str | None = None) -> None:
     workflow.set_current_details(details)
 
 
+def asked_by(actor: str, reason: str) -> str:
+    """Who asked for it, and why.
+
+    >>> asked_by("alice", "scrapped"), asked_by("alice", "")
+    ('Asked by alice: scrapped', 'Asked by alice')
+    """
+    return f"Asked by {actor}: {reason}" if reason else f"Asked by {actor}"
+
+
 # --- configuration ---------------------------------------------------------------------------------------------------
 
 
@@ -76,7 +85,10 @@ async def want_configuration(asked: WantConfigurationInput) -> WantedConfigurati
 async def hint_configuration(asked: HintConfigurationInput) -> ConfigurationSeen:
     """Tell the device, unless it runs it by now."""
     return await workflow.execute_activity_method(
-        ConfigurationActivities.hint_configuration, asked, summary=f"version {asked.version}", **_SHORT
+        ConfigurationActivities.hint_configuration,
+        asked,
+        summary=f"version {asked.version}, unless it runs it",
+        **_SHORT,
     )
 
 
@@ -100,7 +112,10 @@ async def look_at_certificates(asked: RotateCertificateInput) -> CertificatesSee
 async def ask_for_rotation(asked: AskForRotationInput) -> RotationSeen:
     """Ask the device, or only wait for it."""
     return await workflow.execute_activity_method(
-        RotationActivities.ask_for_rotation, asked, summary="ask" if asked.ask else "wait", **_SHORT
+        RotationActivities.ask_for_rotation,
+        asked,
+        summary="ask, or see it answered" if asked.ask else "has it come?",
+        **_SHORT,
     )
 
 
@@ -158,7 +173,7 @@ async def stop_flows(asked: StopFlowsInput) -> None:
 async def ask_to_wipe(asked: AskToWipeInput) -> WipeAsked:
     """Ask the device."""
     return await workflow.execute_activity_method(
-        DecommissionActivities.ask_to_wipe, asked, summary=f"until {asked.until:%H:%M:%S}", **_SHORT
+        DecommissionActivities.ask_to_wipe, asked, summary=f"until {asked.until:%H:%M:%S} UTC", **_SHORT
     )
 
 
@@ -203,7 +218,7 @@ async def await_brokers(asked: AwaitBrokersInput) -> BrokersSeen:
         start_to_close_timeout=asked.within + options.BROKERS_GRACE,
         heartbeat_timeout=options.HEARTBEAT_TIMEOUT,
         retry_policy=options.DRIVE_RETRY,
-        summary=f"revision {asked.revision}",
+        summary=f"until they enforce revision {asked.revision}",
     )
 
 

@@ -36,6 +36,12 @@ with workflow.unsafe.imports_passed_through():
     from workflows import options
     from workflows import provisioning_steps as steps
 
+_AWAITED = {
+    DeviceHappening.CONNECTED: "its first connection",
+    DeviceHappening.CONFIGURED: "its report that it runs its configuration",
+    DeviceHappening.HEARTBEAT: "its first heartbeat",
+}
+
 
 class _Undone(Exception):
     """The process cannot go on; what was done is to be taken back."""
@@ -105,6 +111,7 @@ class ProvisioningWorkflow:
         limit = self._asked.limits.approval
         workflow.set_current_details(
             f"**waiting for a person** {reason}: `starter.py enrolment approve {self._asked.enrolment_no}`"
+            f"\n\n{_next_limit(limit)}"
         )
         decided = await self._within(limit, lambda: bool(self._approved or self._rejected), "a person's approval")
         self._awaits_person = False
@@ -142,8 +149,9 @@ class ProvisioningWorkflow:
         return self._result(ProvisionOutcome.ACTIVE, f"{device} connected, is configured and sends heartbeats")
 
     async def _expect(self, happening: DeviceHappening, limit: timedelta, late: str) -> None:
-        workflow.set_current_details(f"**waiting** for `{happening}`, at most {format_duration(limit)}")
-        if not await self._within(limit, lambda: happening in self._happened, happening.value):
+        what = _AWAITED[happening]
+        workflow.set_current_details(f"**waiting** for {what}\n\n{_next_limit(limit)}")
+        if not await self._within(limit, lambda: happening in self._happened, what):
             raise _Undone(f"{late} within {format_duration(limit)}")
 
     async def _undo(self, reason: str) -> ProvisionDeviceResult:
@@ -195,7 +203,9 @@ class ProvisioningWorkflow:
         if condition():
             return True
         try:
-            await workflow.wait_condition(condition, timeout=limit, timeout_summary=f"limit of {what}")
+            await workflow.wait_condition(
+                condition, timeout=limit, timeout_summary=f"{what}, within {format_duration(limit)}"
+            )
         except TimeoutError:
             return condition()
         return True
@@ -209,6 +219,10 @@ class ProvisioningWorkflow:
             device_id=issued.device_id if issued else None,
             certificate_id=issued.certificate_id if issued else None,
         )
+
+
+def _next_limit(limit: timedelta) -> str:
+    return f"Next limit: {workflow.now() + limit:%Y-%m-%d %H:%M:%S} UTC"
 
 
 def _said(error: BaseException) -> str:

@@ -168,7 +168,7 @@ class CertificateRotationWorkflow:
     def _show(self, phase: str, details: str, until: datetime | None = None, outcome: str | None = None) -> None:
         self._status = LifecycleStatus(device_id=self._asked.device_id, phase=phase, until=until)
         ends = f"\n\nNext limit: {until:%Y-%m-%d %H:%M:%S} UTC" if until else ""
-        steps.show(phase, f"{details}{ends}\n\nAsked by {self._asked.actor} {self._asked.reason}", outcome)
+        steps.show(phase, f"{details}{ends}\n\n{steps.asked_by(self._asked.actor, self._asked.reason)}", outcome)
 
     @workflow.signal(name=options.DEVICE_EVENT)
     def device_event(self, event: DeviceEvent) -> None:

@@ -68,6 +68,7 @@ def test_show_lists_all_and_tells_everything_of_one_and_writes_who_is_believed(o
     assert shown.out.count("trusted") == 1
     bundle = office.folder / "devices.pem"
     assert office.ca("show", "--kind", "device", "--out", bundle).status == 0
+    assert office.ca("show", "device").out == office.ca("show", "--kind", "device").out
     assert len(x509.load_pem_x509_certificates(bundle.read_bytes())) == 2
     one = office.ids()["device", "active"]
     assert one in office.ca("show", one[:16]).out

@@ -125,6 +125,10 @@ async def test_disabling_a_batch_is_one_command(starter: Starter, tmp_path: Path
 
 async def test_a_person_approves_and_rejects(starter: Starter, door: Door, db: Database, tmp_path: Path) -> None:
     claim = await starter.batch("--approval", "manual")
+    early = await starter(
+        "device", "enroll", "SN-1", "--claim", claim, "--out", tmp_path / "SN-1", "--wait", "1s", status=5
+    )
+    assert "no certificate within 1 s: batch line-4 asks for a person's approval; the same command" in early.err
     waiting = [
         asyncio.create_task(asyncio.to_thread(enroll, door.url, serial, claim, tmp_path / serial, 30.0, print))
         for serial in ("SN-1", "SN-2")

@@ -142,6 +142,18 @@ async def test_a_rollout_chooses_no_device_that_is_retired_or_barred_whatever_it
         await fleet.store.plan(PlanRolloutInput(spec=specification(name="alone", target={"ids": [DEVICE]})))
 
 
+@pytest.mark.parametrize(("statuses", "devices"), [([], 2), (["active", "provisioning"], 3)])
+async def test_a_rollout_waits_for_no_device_that_was_never_heard_of_unless_it_is_asked_for(
+    db: Database, statuses: list[str], devices: int
+) -> None:
+    fleet = await prepare(db, 3, open_waves=0)
+    await fleet.store.withdraw(fleet.plan.job_no, "never mind")
+    async with db.pool.connection() as connection:
+        await connection.execute("UPDATE devices SET status = 'provisioning' WHERE device_id = %s", (DEVICE,))
+    spec = specification(name="again", target={"type": "motor", "statuses": statuses})
+    assert (await fleet.store.plan(PlanRolloutInput(spec=spec))).devices == devices
+
+
 async def test_a_wave_whose_last_missing_device_is_removed_is_complete(store: DecommissionStore, db: Database) -> None:
     fleet = await prepare(db, 3)
     await store.begin(BEGIN)

@@ -16,6 +16,7 @@ from temporalio.client import Client
 from activities import enrolment_hook
 from activities.signing import CertificateSigner
 from domain.enrolment import Admission, Judgement
+from models.errors import ConflictError
 from models.identity import DeviceHappening, EnrolmentState, IssueCertificateInput
 from pki.keys import spki_sha256
 from store import enrolments, provisioning
@@ -196,6 +197,16 @@ async def test_an_accepted_conflict_revokes_the_old_key_and_gives_the_device_to_
     assert await value(db, "SELECT count(*) FROM alerts WHERE state = 'open'") == 0
     await tell(db, "SN-1", DeviceHappening.CONNECTED, DeviceHappening.HEARTBEAT)
     await until(db, "SELECT status = 'active' FROM devices")
+
+
+async def test_only_a_conflict_can_be_resolved(door: Door, db: Database, pki: Pki) -> None:
+    await enrolled(door, door.client(await pki.batch(db)))
+    number = await value(db, "SELECT enrolment_no FROM enrolments")
+    for decide in (EnrolmentStore(db).accept_conflict, EnrolmentStore(db).reject_conflict):
+        with pytest.raises(
+            ConflictError, match=f"cannot resolve enrolment {number}: it is issued, expected a conflict"
+        ):
+            await decide(number, "alice", "a slip")
 
 
 async def test_a_rejected_conflict_leaves_the_device_alone_and_refuses_that_key_from_then_on(

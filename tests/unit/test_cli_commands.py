@@ -129,6 +129,14 @@ NEEDS_DATABASE = [
 ]
 
 
+def test_without_a_stack_enrolling_names_the_enrolment_server_and_the_remedy(nothing: Path) -> None:
+    ran = run("device", "enroll", "SN-1", "--claim", nothing, "--out", nothing, "--state", nothing)
+    assert (ran.status, ran.out) == (1, "")
+    assert "no address of the enrolment server" in ran.err
+    assert "TIDEGATE_ENROLMENT_URL" in ran.err
+    assert "starter.py up" in ran.err
+
+
 @pytest.mark.parametrize("words", NEEDS_DATABASE)
 def test_without_a_stack_the_address_the_setting_and_the_remedy_are_named(
     words: tuple[str, ...], nothing: Path
