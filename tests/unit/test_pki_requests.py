@@ -94,7 +94,8 @@ KEY_CERT_SIGN = der(0x30, bytes.fromhex("0603551d0f"), der(0x04, bytes.fromhex("
 BAD_BASIC_CONSTRAINTS = der(0x30, bytes.fromhex("0603551d13"), der(0x04, b"rubbish"))
 SAN_OTHER = der(0x30, bytes.fromhex("0603551d11"), der(0x04, bytes.fromhex("300a8208") + b"motor-99"))
 ECDSA_UNKNOWN = bytes.fromhex("300a06082a8648ce3d04037f")
-NOT_ON_CURVE = KEY.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)[:-1] + b"\x00"
+ON_CURVE = KEY.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
+NOT_ON_CURVE = ON_CURVE[:-1] + bytes([ON_CURVE[-1] ^ 1])
 
 REFUSED: dict[str, tuple[Callable[[], bytes], str]] = {
     # names that would mean something to a broker or to us
