@@ -15,6 +15,8 @@ from domain.admission import Report
 from domain.configurations import MAX_CONFIG_BYTES, MAX_CONFIG_DEPTH, MAX_VERSION, ConfigReport, depth_of
 from domain.strict_json import parse_object
 from firmware.command import REQUEST_ID
+from gateway.diagnostic_requests import DiagnosticResponse, parse_diagnostic
+from gateway.shadow_requests import ShadowError, ShadowRequest, parse_shadow
 from models.protocol import (
     MAX_CLIENT_TOKEN_BYTES,
     MAX_REQUEST_BYTES,
@@ -39,7 +41,14 @@ _DEVICE_STATES = {
 }
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _BOOT_ID = re.compile(r"[!-~]{1,64}")
-_STRICT = frozenset({Verb.CONFIG_GET, Verb.CONFIG_UPDATE, Verb.COMMAND_GET, Verb.COMMAND_RESPONSE})
+_SHADOW_VERBS = frozenset({Verb.SHADOW_GET, Verb.SHADOW_UPDATE, Verb.SHADOW_DELETE})
+_STRICT = _SHADOW_VERBS | {
+    Verb.CONFIG_GET,
+    Verb.CONFIG_UPDATE,
+    Verb.COMMAND_GET,
+    Verb.COMMAND_RESPONSE,
+    Verb.DIAGNOSTIC_RESPONSE,
+}
 MAX_REASON_CHARS = 500
 
 
@@ -84,6 +93,10 @@ class Request:
     document_version: int | None = None
     """CONFIG_UPDATE: the version of the shadow document that the device believes to be the current one."""
     response: CommandResponse | None = None
+    shadow: ShadowRequest | None = None
+    diagnostic: DiagnosticResponse | None = None
+    duplicate: bool = False
+    """The broker says that it may have delivered this before: what has been done already is not done again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,14 +108,6 @@ class BadRequest:
     token: str | None = None
     shadow_code: int = 400
     """The code of the rejection where the request is one to the configuration's shadow."""
-
-
-class _ShadowError(ValueError):
-    """A reason with a code of its own."""
-
-    def __init__(self, code: int, message: str) -> None:
-        super().__init__(message)
-        self.code = code
 
 
 def parse_request(topic: RequestTopic, payload: bytes) -> Request | BadRequest:
@@ -131,7 +136,7 @@ def parse_request(topic: RequestTopic, payload: bytes) -> Request | BadRequest:
         if topic.verb in _STRICT:
             return _strict(topic, token, payload)
         return Request(topic, token, details=_details(body))
-    except _ShadowError as error:
+    except ShadowError as error:
         return BadRequest(ErrorCode.INVALID_REQUEST, str(error)[:300], token, error.code)
     except ValueError as error:
         return BadRequest(ErrorCode.INVALID_REQUEST, str(error)[:300], token)
@@ -145,6 +150,10 @@ def _strict(topic: RequestTopic, token: str | None, payload: bytes) -> Request |
     match topic.verb:
         case Verb.CONFIG_UPDATE:
             return Request(topic, token, config=_config(body), document_version=_integer(body, "version"))
+        case Verb.SHADOW_GET | Verb.SHADOW_UPDATE | Verb.SHADOW_DELETE:
+            return Request(topic, token, shadow=parse_shadow(topic, body))
+        case Verb.DIAGNOSTIC_RESPONSE:
+            return Request(topic, token, diagnostic=parse_diagnostic(body))
         case Verb.COMMAND_RESPONSE:
             return Request(topic, token, response=_response(body))
         case _:
@@ -156,7 +165,7 @@ def _config(body: dict[str, Any]) -> ConfigReport:
     if not isinstance(state, dict):
         raise ValueError('state: expected {"reported": {"version": ..., "config": ...}}')
     if "desired" in state:
-        raise _ShadowError(403, "state.desired: what is wanted is the server's; a device updates state.reported alone")
+        raise ShadowError(403, "state.desired: what is wanted is the server's; a device updates state.reported alone")
     reported = state.get("reported")
     if not isinstance(reported, dict) or len(state) != 1:
         raise ValueError("state: expected an object reported, and nothing else")
@@ -172,7 +181,7 @@ def _config(body: dict[str, Any]) -> ConfigReport:
     if depth_of(config) > MAX_CONFIG_DEPTH:
         raise ValueError(f"state.reported.config: nested deeper than {MAX_CONFIG_DEPTH} levels")
     if (size := len(orjson.dumps(config))) > MAX_CONFIG_BYTES:
-        raise _ShadowError(413, f"state.reported.config: {size} bytes, at most {MAX_CONFIG_BYTES} are accepted")
+        raise ShadowError(413, f"state.reported.config: {size} bytes, at most {MAX_CONFIG_BYTES} are accepted")
     return ConfigReport(version, config)
 
 

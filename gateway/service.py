@@ -12,6 +12,7 @@
 
 import asyncio
 import collections
+import dataclasses
 import itertools
 import time
 from collections.abc import Iterable, Sequence
@@ -24,9 +25,11 @@ from psycopg_pool import PoolTimeout
 
 from gateway.commands import answer_about_commands
 from gateway.configuration import answer_config, reject_config
+from gateway.diagnostics import take_diagnostics
 from gateway.documents import Documents
 from gateway.jobs import Outgoing, answer, reject
 from gateway.requests import BadRequest, Heartbeat, Request, parse_request
+from gateway.shadow import answer_about_shadows, reject_shadow
 from models.identity import DeviceHappening
 from models.protocol import ErrorCode, RequestTopic, Verb, parse_request_topic
 from models.settings import Settings
@@ -66,7 +69,8 @@ MAX_ROUNDS = 4
 """Most heartbeats of one device that one batch looks at, each of another boot than the one before."""
 _CONFIG_VERBS = frozenset({Verb.CONFIG_GET, Verb.CONFIG_UPDATE})
 _COMMAND_VERBS = frozenset({Verb.COMMAND_GET, Verb.COMMAND_RESPONSE})
-_NOT_OF_JOBS = _CONFIG_VERBS | _COMMAND_VERBS | {Verb.HEARTBEAT}
+_SHADOW_VERBS = frozenset({Verb.SHADOW_GET, Verb.SHADOW_UPDATE, Verb.SHADOW_DELETE})
+_NOT_OF_JOBS = _CONFIG_VERBS | _COMMAND_VERBS | {Verb.HEARTBEAT, Verb.DIAGNOSTIC_RESPONSE, Verb.PULSE}
 _AWAY = (psycopg.OperationalError, PoolTimeout, psycopg.errors.DeadlockDetected)
 
 
@@ -78,6 +82,8 @@ class Inbound:
     raw_topic: str
     payload: bytes
     done: asyncio.Future[None]
+    duplicate: bool = False
+    """The broker says that it may have delivered this before."""
 
 
 @dataclass(slots=True)
@@ -88,6 +94,8 @@ class Read:
     jobs: list[Request] = field(default_factory=list)
     configs: list[Request] = field(default_factory=list)
     commands: list[Request] = field(default_factory=list)
+    shadows: list[Request] = field(default_factory=list)
+    diagnostics: list[Request] = field(default_factory=list)
     beats: list[dict[str, Heartbeat]] = field(default_factory=list)
     """The newest heartbeat of each device; where two in a batch are of different boots, in rounds, one after the other."""
     bad: list[tuple[Inbound, BadRequest]] = field(default_factory=list)
@@ -102,6 +110,10 @@ class Read:
             self.configs.append(request)
         elif verb in _COMMAND_VERBS:
             self.commands.append(request)
+        elif verb in _SHADOW_VERBS:
+            self.shadows.append(request)
+        elif verb is Verb.DIAGNOSTIC_RESPONSE:
+            self.diagnostics.append(request)
         else:
             self.jobs.append(request)
 
@@ -129,13 +141,19 @@ class Read:
 
     def without(self, barred: frozenset[str]) -> "Read":
         """What is left when these devices have said nothing."""
+
+        def heard(requests: list[Request]) -> list[Request]:
+            return [request for request in requests if request.topic.thing not in barred]
+
         return Read(
-            self.things - barred,
-            [request for request in self.jobs if request.topic.thing not in barred],
-            [request for request in self.configs if request.topic.thing not in barred],
-            [request for request in self.commands if request.topic.thing not in barred],
-            [{thing: beat for thing, beat in beats.items() if thing not in barred} for beats in self.beats],
-            [(inbound, bad) for inbound, bad in self.bad if not inbound.topic or inbound.topic.thing not in barred],
+            things=self.things - barred,
+            jobs=heard(self.jobs),
+            configs=heard(self.configs),
+            commands=heard(self.commands),
+            shadows=heard(self.shadows),
+            diagnostics=heard(self.diagnostics),
+            beats=[{thing: beat for thing, beat in beats.items() if thing not in barred} for beats in self.beats],
+            bad=[(inbound, bad) for inbound, bad in self.bad if not inbound.topic or inbound.topic.thing not in barred],
         )
 
 
@@ -153,13 +171,16 @@ class Gateway:
     _clones: set[str] = field(default_factory=set)
     """Devices found to be two, to be barred once the batch that found it has been committed."""
 
-    async def receive(self, topic: str | bytes, payload: bytes, retained: bool = False) -> None:
+    async def receive(
+        self, topic: str | bytes, payload: bytes, retained: bool = False, duplicate: bool = False
+    ) -> None:
         """The handler of every message: returns, and so acknowledges it, when it has been used."""
         if retained:
             RETAINED.inc()
             return
         text = topic if isinstance(topic, str) else topic.decode("utf-8", "replace")
-        inbound = Inbound(parse_request_topic(text), text, payload, asyncio.get_running_loop().create_future())
+        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        inbound = Inbound(parse_request_topic(text), text, payload, done, duplicate)
         self.waiting.append(inbound)
         self._arrived.set()
         if not self._paused and len(self.waiting) >= self.settings.gateway_queue_messages:
@@ -273,6 +294,10 @@ class Gateway:
                 await save_in_pipeline(batch)
             if read.configs:
                 outgoing += await self._configure(connection, read.configs, standing.now)
+            if read.shadows:
+                outgoing += await answer_about_shadows(connection, read.shadows, standing.now)
+            if read.diagnostics:
+                await take_diagnostics(connection, read.diagnostics)
             if read.commands:
                 outgoing += await answer_about_commands(connection, read.commands, self.documents, standing.now)
             await self._save_rest(connection, read, standing)
@@ -350,7 +375,7 @@ def _read(inbounds: Sequence[Inbound]) -> Read:
         )
         verbs[inbound.topic.verb.value if inbound.topic else "unknown"] += 1
         if isinstance(parsed, Request):
-            read.add(parsed)
+            read.add(dataclasses.replace(parsed, duplicate=True) if inbound.duplicate else parsed)
         else:
             read.bad.append((inbound, parsed))
     for verb, number in verbs.items():
@@ -362,6 +387,8 @@ def _reject(topic: RequestTopic, bad: BadRequest, now: float) -> list[Outgoing]:
     """The answer to what is no request. Heartbeats and what is said about commands have none."""
     if topic.verb in _CONFIG_VERBS:
         return reject_config(topic, bad, now)
+    if topic.verb in _SHADOW_VERBS:
+        return reject_shadow(topic, bad, now)
     return [] if topic.verb in _NOT_OF_JOBS else reject(topic, bad, now)
 
 

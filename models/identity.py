@@ -76,6 +76,10 @@ class DeviceHappening(StrEnum):
     """The device reports a configuration version of at least what was asked for."""
     COMMAND_ANSWERED = "command-answered"
     """The device has answered a command for good (succeeded or failed)."""
+    SHADOW_REPORTED = "shadow-reported"
+    """The device has changed what a shadow reports: `shadow` and `version`."""
+    DIAGNOSED = "diagnosed"
+    """The device has answered a diagnostic request: `request_id`."""
     CERTIFICATE_ISSUED = "certificate-issued"
     CERTIFICATE_CONFIRMED = "certificate-confirmed"
 

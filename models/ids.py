@@ -16,6 +16,10 @@ from models.errors import InvalidInputError
 THING_NAME = re.compile(r"[a-zA-Z0-9:_-]{1,128}")
 JOB_ID = re.compile(r"[a-zA-Z0-9_-]{1,64}")
 ROLLOUT_NAME = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9.-]{0,63}")
+JOB_NAME = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9.-]{0,62}")
+"""A fleet job's: one shorter than a rollout's, for the mark that its job id begins with."""
+SHADOW_NAME = re.compile(r"[$a-zA-Z0-9:_-]{1,64}")
+RULE_NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,63}")
 PRODUCT_NAME = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9._-]{0,63}")
 VERSION = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9.+_-]{0,49}")
 SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -55,6 +59,35 @@ def rollout_job_id(name: str) -> str:
 def rollout_of_job(job_id: str) -> str:
     """Inverse of `rollout_job_id`."""
     return job_id.replace("_", ".")
+
+
+def fleet_job_id(name: str) -> str:
+    """The job id that devices see for a fleet job. No rollout's begins with an underscore.
+
+    >>> fleet_job_id("restart-berlin.2")
+    '_restart-berlin_2'
+    """
+    return "_" + name.replace(".", "_")
+
+
+def fleet_job_workflow_id(name: str) -> str:
+    """Workflow id of a fleet job: `job:<name>`."""
+    return f"job:{name}"
+
+
+def fleet_job_wave_workflow_id(name: str, wave: int) -> str:
+    """Workflow id of wave number `wave` (from 1) of a fleet job: `job:<name>/wave:<n>`."""
+    return f"job:{name}/wave:{wave}"
+
+
+def diagnose_workflow_id(device_id: str, request_id: str) -> str:
+    """Workflow id of one question to a device: `diagnose:<device>/<request>`."""
+    return f"diagnose:{device_id}/{request_id}"
+
+
+def shadow_workflow_id(device_id: str, shadow: str, token: str) -> str:
+    """Workflow id of one wait for a device to report what is wanted: `shadow:<device>/<shadow>/<token>`."""
+    return f"shadow:{device_id}/{shadow}/{token}"
 
 
 def parse_release_ref(ref: str) -> tuple[str, str]:

@@ -1,13 +1,13 @@
 """The device contract: topics, states, error codes, failure classes and steps.
 
-Jobs follow AWS IoT's reserved topics (docs/protocol.md); heartbeats are `devices/<id>/heartbeat`. This module is shared
+Shadows and jobs follow AWS IoT's reserved topics (docs/protocol.md); heartbeats are `devices/<id>/heartbeat`. This module is shared
 by the server and the agent, imports nothing of either, and holds no behaviour beyond building and taking apart topics.
 """
 
 from dataclasses import dataclass
 from enum import StrEnum
 
-from models.ids import JOB_ID, THING_NAME
+from models.ids import JOB_ID, SHADOW_NAME, THING_NAME
 
 THINGS = "$aws/things"
 NEXT_JOB = "$next"
@@ -93,10 +93,40 @@ class Verb(StrEnum):
     CONFIG_UPDATE = "config-update"
     COMMAND_GET = "command-get"
     COMMAND_RESPONSE = "command-response"
+    SHADOW_GET = "shadow-get"
+    SHADOW_UPDATE = "shadow-update"
+    SHADOW_DELETE = "shadow-delete"
+    DIAGNOSTIC_RESPONSE = "diagnostic-response"
+    PULSE = "pulse"
+    """The engine's own: that it hears what the broker is given."""
 
 
 CONFIG_SHADOW = "config"
 """The named shadow that carries a device's configuration: `$aws/things/<thing>/shadow/name/config`."""
+
+
+PULSE_TOPIC = "tidegate/pulse"
+"""What the gateway says to itself through the broker. No device may (access/mosquitto.py)."""
+
+
+class JobOperation(StrEnum):
+    """What a job has devices do: `operation` of its document."""
+
+    FIRMWARE_UPDATE = "firmware-update"
+    CONFIG_SYNC = "config-sync"
+    RESTART = "restart"
+    DIAGNOSTIC = "diagnostic"
+    CUSTOM = "custom"
+
+
+class DiagnosticType(StrEnum):
+    """What a device can be asked."""
+
+    SYSTEM_INFO = "system-info"
+    LOG_TAIL = "log-tail"
+    CONFIG_DUMP = "config-dump"
+    PING = "ping"
+    REBOOT = "reboot"
 
 
 class Operation(StrEnum):
@@ -120,21 +150,30 @@ REQUEST_FILTERS = (
     f"{THINGS}/+/jobs/+/get",
     f"{THINGS}/+/jobs/+/update",
     "devices/+/heartbeat",
-    f"{THINGS}/+/shadow/name/{CONFIG_SHADOW}/get",
-    f"{THINGS}/+/shadow/name/{CONFIG_SHADOW}/update",
+    f"{THINGS}/+/shadow/get",
+    f"{THINGS}/+/shadow/update",
+    f"{THINGS}/+/shadow/delete",
+    f"{THINGS}/+/shadow/name/+/get",
+    f"{THINGS}/+/shadow/name/+/update",
+    f"{THINGS}/+/shadow/name/+/delete",
     "devices/+/commands/get",
     "devices/+/commands/response",
+    "devices/+/diagnostics/response",
 )
-"""What the gateway subscribes to. None of them matches a topic the gateway itself publishes to."""
+"""What devices say to the gateway, which subscribes to it and to PULSE_TOPIC. None of them matches a topic the gateway itself publishes to."""
 
 
 @dataclass(frozen=True, slots=True)
 class RequestTopic:
-    """A device's request, as its topic tells it. `job_id` is None except for DESCRIBE and UPDATE."""
+    """A device's request, as its topic tells it. `job_id` is None except for DESCRIBE and UPDATE.
+
+    `shadow`: which shadow is meant, the classic one being the empty name. `thing` is empty for PULSE.
+    """
 
     verb: Verb
     thing: str
     job_id: str | None = None
+    shadow: str = ""
 
 
 def parse_request_topic(topic: str) -> RequestTopic | None:
@@ -151,9 +190,17 @@ def parse_request_topic(topic: str) -> RequestTopic | None:
         case ["devices", thing, "heartbeat"]:
             parsed = RequestTopic(Verb.HEARTBEAT, thing)
         case ["$aws", "things", thing, "shadow", "name", "config", "get"]:
-            parsed = RequestTopic(Verb.CONFIG_GET, thing)
+            parsed = RequestTopic(Verb.CONFIG_GET, thing, shadow=CONFIG_SHADOW)
         case ["$aws", "things", thing, "shadow", "name", "config", "update"]:
-            parsed = RequestTopic(Verb.CONFIG_UPDATE, thing)
+            parsed = RequestTopic(Verb.CONFIG_UPDATE, thing, shadow=CONFIG_SHADOW)
+        case ["$aws", "things", thing, "shadow", "name", shadow, "get" | "update" | "delete" as asked] if shadow:
+            parsed = RequestTopic(_SHADOW_VERBS[asked], thing, shadow=shadow)
+        case ["$aws", "things", thing, "shadow", "get" | "update" | "delete" as asked]:
+            parsed = RequestTopic(_SHADOW_VERBS[asked], thing)
+        case ["devices", thing, "diagnostics", "response"]:
+            parsed = RequestTopic(Verb.DIAGNOSTIC_RESPONSE, thing)
+        case ["tidegate", "pulse"]:
+            return RequestTopic(Verb.PULSE, "")
         case ["devices", thing, "commands", "get"]:
             parsed = RequestTopic(Verb.COMMAND_GET, thing)
         case ["devices", thing, "commands", "response"]:
@@ -162,11 +209,30 @@ def parse_request_topic(topic: str) -> RequestTopic | None:
             return None
     if not THING_NAME.fullmatch(parsed.thing):
         return None
+    if parsed.shadow and not SHADOW_NAME.fullmatch(parsed.shadow):
+        return None
     if parsed.job_id is not None and parsed.job_id != NEXT_JOB and not JOB_ID.fullmatch(parsed.job_id):
         return None
     if parsed.verb is Verb.UPDATE and parsed.job_id == NEXT_JOB:
         return None
     return parsed
+
+
+_SHADOW_VERBS = {"get": Verb.SHADOW_GET, "update": Verb.SHADOW_UPDATE, "delete": Verb.SHADOW_DELETE}
+
+
+def shadow_topic(thing: str, shadow: str, *parts: str) -> str:
+    """The topic of a shadow, for requests, answers, deltas and documents alike; the classic one has the empty name.
+
+    >>> shadow_topic("motor-7", "", "update", "delta"), shadow_topic("motor-7", "door", "get")
+    ('$aws/things/motor-7/shadow/update/delta', '$aws/things/motor-7/shadow/name/door/get')
+    """
+    return "/".join((THINGS, thing, "shadow", *(("name", shadow) if shadow else ()), *parts))
+
+
+def diagnostics_topic(thing: str, part: str) -> str:
+    """`devices/<thing>/diagnostics/<part>`: request to the device, response from it."""
+    return f"devices/{thing}/diagnostics/{part}"
 
 
 def jobs_topic(thing: str, *parts: str) -> str:

@@ -110,6 +110,15 @@ class Settings(BaseSettings):
         default=None,
         description="Cache for looking up devices, as redis://host:port/0; without it PostgreSQL is asked.",
     )
+    offline_minutes: float = Field(
+        default=10.0, gt=0, description="How long a device may be silent before it counts as offline; types may differ."
+    )
+    heartbeat_days: int = Field(default=30, ge=1, description="How long the history of heartbeats is kept.")
+    shadow_history_days: int = Field(default=30, ge=1, description="How long the history of shadows is kept.")
+    quarantine_days: int = Field(default=30, ge=1, description="How long messages that could not be used are kept.")
+    notify_file: Path | None = Field(
+        default=None, description="YAML file with the channels that alerts are told to (docs/health.md)."
+    )
     gateway_metrics_port: int = Field(default=0, description="Port of the gateway's metrics; 0 picks a free one.")
     log_format: Literal["console", "json"] = Field(default="console", description="console or json.")
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field(default="INFO", description="Least level logged.")

@@ -63,7 +63,8 @@ TABLES = (
     "devices, device_credentials, presence, releases, deltas, jobs, waves, executions, job_events, quarantine, "
     "authorities, crls, certificates, claim_batches, claim_serials, enrolments, device_configurations, "
     "device_commands, device_waits, workflow_outbox, tombstones, brokers, audit_events, alerts, lookup_caches, "
-    "cache_invalidations"
+    "cache_invalidations, shadows, shadow_history, diagnostics, execution_failures, heartbeats, ingest_state, "
+    "device_types, alert_rules, alert_progress, alert_notifications"
 )
 
 

@@ -19,8 +19,9 @@ from gmqtt.mqtt.constants import MQTTv311
 from models.errors import InvalidInputError, UnavailableError
 from models.settings import Settings
 
-Handler = Callable[[str | bytes, bytes, bool], Awaitable[None]]
-"""Topic, payload, and whether the broker had kept the message (retained) from before the subscription."""
+Handler = Callable[[str | bytes, bytes, bool, bool], Awaitable[None]]
+"""Topic, payload, whether the broker had kept the message (retained) from before the subscription, and whether it may be
+one that it has delivered before (duplicate)."""
 
 CONNECT_SECONDS = 10.0
 RETRY_SECONDS = 1.0
@@ -81,7 +82,7 @@ class Connection:
 
     def _receive_with(self, handler: Handler) -> None:
         async def on_message(_client: Any, topic: Any, payload: bytes, _qos: int, properties: Any) -> int:
-            await handler(topic, payload, bool(properties.get("retain")))
+            await handler(topic, payload, bool(properties.get("retain")), bool(properties.get("dup")))
             return 0
 
         self._client.on_message = on_message

@@ -164,6 +164,10 @@ KIND_CONFIGURATION = "configuration"
 KIND_ROTATION = "rotation"
 KIND_DECOMMISSION = "decommission"
 KIND_UPKEEP = "upkeep"
+KIND_JOB = "job"
+KIND_SHADOW = "shadow"
+KIND_DIAGNOSTIC = "diagnostic"
+KIND_NOTIFICATION = "notification"
 
 KIND = SearchAttributeKey.for_keyword("TidegateKind")
 RELEASE = SearchAttributeKey.for_keyword("TidegateRelease")

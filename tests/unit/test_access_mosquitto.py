@@ -48,7 +48,7 @@ def test_the_open_listener_is_on_loopback_whatever_the_others_listen_on() -> Non
 def test_every_request_that_the_gateway_hears_may_be_written_and_none_of_them_read() -> None:
     for wanted in REQUEST_FILTERS:
         of_one = wanted.replace("things/+/", "things/%u/").replace("devices/+/", "devices/%u/")
-        assert of_one in {topic.replace("name/+/", "name/config/") for topic in DEVICE_WRITES}
+        assert of_one in DEVICE_WRITES
     assert not set(DEVICE_READS) & set(DEVICE_WRITES)
 
 

@@ -1,0 +1,232 @@
+"""A fleet job's specification, and what its workflow, activities and operators say to each other.
+
+A fleet job does one thing on many devices: over the executions and waves of a rollout, without its release gate unless
+one is asked for. All models are frozen; every field added later has a default.
+"""
+
+from datetime import datetime, timedelta
+from enum import StrEnum
+from fractions import Fraction
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from models.device import DeviceFilter
+from models.ids import JOB_NAME, parse_release_ref
+from models.protocol import JobOperation
+from models.quantities import Duration, Share
+from models.rollout import JobStatus, Outcome, Phase, PlannedWave, WaveProgress
+from models.spec import DeadlineSpec, GateSpec, WaveSpec
+
+MAX_DOCUMENT_BYTES = 24 * 1024
+"""Of what a specification adds to the job document; with the order the whole stays under AWS IoT's 32 KiB."""
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True)
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Membership(StrEnum):
+    """SNAPSHOT: the devices that match when the job is planned. CONTINUOUS: later ones join as well, until it ends."""
+
+    SNAPSHOT = "snapshot"
+    CONTINUOUS = "continuous"
+
+
+class RetrySpec(_Strict):
+    """What follows a failure: attempts in all, and the pause before each: `backoff * multiplier ** (attempt - 1)`."""
+
+    max_attempts: int = Field(default=1, ge=1, le=20)
+    backoff: Duration = timedelta(seconds=30)
+    backoff_multiplier: float = Field(default=2.0, ge=1, le=100)
+    max_backoff: Duration = timedelta(hours=1)
+
+    def pause_after(self, attempt: int) -> timedelta:
+        """How long to wait after attempt number `attempt` (from 1) has failed.
+
+        >>> RetrySpec(max_attempts=3, backoff=timedelta(seconds=2)).pause_after(2)
+        datetime.timedelta(seconds=4)
+        """
+        return min(self.max_backoff, self.backoff * self.backoff_multiplier ** (attempt - 1))
+
+
+class FleetJobSpec(_Strict):
+    """A whole specification. Every key but name and operation has a default.
+
+    `document` is what devices get beside the operation (custom jobs), `config` what config-sync has them take (None: what
+    is wanted of each already), `diagnostics` what a diagnostic job asks, `release` what a firmware-update installs.
+    """
+
+    name: str
+    operation: JobOperation
+    document: dict[str, Any] = Field(default_factory=dict)
+    config: dict[str, Any] | None = None
+    diagnostics: tuple[str, ...] = ()
+    release: str | None = None
+    target: DeviceFilter = DeviceFilter()
+    membership: Membership = Membership.SNAPSHOT
+    start_at: datetime | None = None
+    end_at: datetime | None = None
+    max_parallel: int = Field(default=100, ge=1)
+    per_minute: int | None = Field(default=None, ge=1)
+    retry: RetrySpec = RetrySpec()
+    waves: tuple[WaveSpec, ...] = Field(default=(WaveSpec(name="all", size=Fraction(1)),), min_length=1, max_length=50)
+    gate: GateSpec | None = None
+    """None: failures are counted and recorded, and stop nothing."""
+    completion: Share = Fraction(95, 100)
+    deadlines: DeadlineSpec = DeadlineSpec()
+    retry_of: str | None = None
+    """A job whose failed devices are the target, instead of `target`."""
+
+    @field_validator("name", "retry_of")
+    @classmethod
+    def _name(cls, value: str | None) -> str | None:
+        if value is not None and not JOB_NAME.fullmatch(value):
+            raise ValueError(f"expected letters, digits, dots and dashes, at most 63, got {value!r}")
+        return value
+
+    @field_validator("start_at", "end_at")
+    @classmethod
+    def _zoned(cls, value: datetime | None) -> datetime | None:
+        if value is not None and value.tzinfo is None:
+            raise ValueError(f"expected a time with its zone, as in 2026-11-30T02:00:00Z, got {value.isoformat()}")
+        return value
+
+    @model_validator(mode="after")
+    def _fits_operation(self) -> "FleetJobSpec":
+        firmware = self.operation is JobOperation.FIRMWARE_UPDATE
+        if firmware != (self.release is not None):
+            raise ValueError(
+                "release: expected with operation firmware-update, and with no other; "
+                f"got {self.release!r} with {self.operation}"
+            )
+        if self.release is not None:
+            try:
+                parse_release_ref(self.release)
+            except Exception as error:
+                raise ValueError(f"release: {error}") from None
+        if self.config is not None and self.operation is not JobOperation.CONFIG_SYNC:
+            raise ValueError(f"config: expected with operation config-sync alone, got it with {self.operation}")
+        if self.document and self.operation is not JobOperation.CUSTOM:
+            raise ValueError(f"document: expected with operation custom alone, got it with {self.operation}")
+        if self.diagnostics and self.operation is not JobOperation.DIAGNOSTIC:
+            raise ValueError(f"diagnostics: expected with operation diagnostic alone, got it with {self.operation}")
+        if self.membership is Membership.CONTINUOUS and self.retry_of is not None:
+            raise ValueError("membership: a job over the failed devices of another is a snapshot")
+        if self.end_at is not None and self.start_at is not None and self.end_at <= self.start_at:
+            raise ValueError(f"end_at: expected after start_at {self.start_at}, got {self.end_at}")
+        return self
+
+
+class StartFleetJobInput(_Frozen):
+    """Input of FleetJobWorkflow. `schedule`: the schedule that started it, if one did."""
+
+    spec: FleetJobSpec
+    requested_by: str = "unknown"
+    schedule: str | None = None
+
+
+class FleetJobProgress(_Frozen):
+    """A job's figures at one moment: they always add up to `total`."""
+
+    total: int = 0
+    waiting: int = 0
+    """Not started: pending, queued, or waiting for the next attempt."""
+    in_progress: int = 0
+    succeeded: int = 0
+    failed: int = 0
+    """For good: FAILED, TIMED_OUT or REJECTED with no attempt left."""
+    withdrawn: int = 0
+    """CANCELED or REMOVED."""
+    retrying: int = 0
+    """Of `waiting`: those that have failed and wait for their next attempt."""
+    attempts_failed: int = 0
+    """Attempts that failed, those that were followed by another included."""
+
+
+class FleetJobResult(_Frozen):
+    """Result of FleetJobWorkflow."""
+
+    name: str
+    outcome: Outcome
+    reason: str
+    progress: FleetJobProgress = FleetJobProgress()
+    waves: tuple[WaveProgress, ...] = ()
+
+
+class FleetJobStatus(_Frozen):
+    """Answer of FleetJobWorkflow's `status` query; counts are PostgreSQL's."""
+
+    name: str
+    phase: Phase
+    reason: str = ""
+    job_no: int | None = None
+    devices: int = 0
+    wave: int = 0
+    waves: tuple[PlannedWave, ...] = ()
+    start_at: datetime | None = None
+    outcome: Outcome | None = None
+
+
+class PauseFleetJobInput(_Frozen):
+    """Stop admission until resumed."""
+
+    actor: str
+    reason: str = Field(default="", max_length=500)
+
+
+class ResumeFleetJobInput(_Frozen):
+    """Admit again."""
+
+    actor: str
+    reason: str = Field(default="", max_length=500)
+
+
+class CancelFleetJobInput(_Frozen):
+    """End the job: nothing more starts. `force`: devices that are in progress are cancelled too, instead of awaited."""
+
+    actor: str
+    reason: str = Field(default="", max_length=500)
+    force: bool = False
+
+
+class FailureView(_Frozen):
+    """A failed attempt, as it is recorded."""
+
+    device_id: str
+    attempt: int
+    state: str
+    failure_class: str | None = None
+    reason: str | None = None
+    started_at: datetime | None = None
+    failed_at: datetime
+    retry_at: datetime | None = None
+
+
+class FleetJobView(_Frozen):
+    """A job as it is listed and shown."""
+
+    job_no: int
+    job_id: str
+    name: str
+    operation: JobOperation
+    status: JobStatus
+    phase: Phase
+    outcome: Outcome | None = None
+    reason: str = ""
+    requested_by: str
+    schedule: str | None = None
+    retry_of: str | None = None
+    continuous: bool = False
+    in_flight_cap: int
+    max_attempts: int
+    created_at: datetime
+    started_at: datetime | None = None
+    finished_at: datetime | None = None
+    progress: FleetJobProgress
+    waves: tuple[WaveProgress, ...] = ()
+    spec: dict[str, Any] = Field(default_factory=dict)
