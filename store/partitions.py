@@ -159,9 +159,10 @@ async def _make(db: Database, table: str, day: date) -> int:
 
 
 async def _lock(connection: AsyncConnection, table: str, part: str) -> None:
-    """The locks that attaching takes, in the order in which a writer's insert takes its own: table, then partition."""
+    """Writers wait, for the moment that attaching takes, before they look which partition is theirs: one that had chosen
+    the default partition already would find its row refused there."""
     await connection.execute(sql.SQL("SET LOCAL lock_timeout = {}").format(sql.Literal(LOCK_TIMEOUT)))
-    await connection.execute(sql.SQL("LOCK TABLE ONLY {} IN SHARE UPDATE EXCLUSIVE MODE").format(sql.Identifier(table)))
+    await connection.execute(sql.SQL("LOCK TABLE ONLY {} IN SHARE ROW EXCLUSIVE MODE").format(sql.Identifier(table)))
     await connection.execute(sql.SQL("LOCK TABLE {} IN ACCESS EXCLUSIVE MODE").format(sql.Identifier(part)))
 
 
