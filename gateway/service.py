@@ -46,7 +46,7 @@ from store.devicetraffic import (
 from store.engine import Database
 from store.executions import Batch, load_in_pipeline, save_in_pipeline
 from store.waits import happened
-from transport.connection import Connection
+from transport.connection import Connection, Receipt
 
 log = structlog.get_logger("gateway")
 
@@ -76,12 +76,12 @@ _AWAY = (psycopg.OperationalError, PoolTimeout, psycopg.errors.DeadlockDetected)
 
 @dataclass(slots=True)
 class Inbound:
-    """A message and the promise to acknowledge it."""
+    """A message and what its acknowledgement takes."""
 
     topic: RequestTopic | None
     raw_topic: str
     payload: bytes
-    done: asyncio.Future[None]
+    receipt: Receipt
     duplicate: bool = False
     """The broker says that it may have delivered this before."""
 
@@ -171,23 +171,18 @@ class Gateway:
     _clones: set[str] = field(default_factory=set)
     """Devices found to be two, to be barred once the batch that found it has been committed."""
 
-    async def receive(
-        self, topic: str | bytes, payload: bytes, retained: bool = False, duplicate: bool = False
-    ) -> None:
-        """The handler of every message: returns, and so acknowledges it, when it has been used."""
+    def receive(self, topic: str, payload: bytes, retained: bool, duplicate: bool, receipt: Receipt) -> None:
+        """The handler of every message, which keeps it for its batch."""
         if retained:
             RETAINED.inc()
+            self.connection.acknowledge([receipt])
             return
-        text = topic if isinstance(topic, str) else topic.decode("utf-8", "replace")
-        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        inbound = Inbound(parse_request_topic(text), text, payload, done, duplicate)
-        self.waiting.append(inbound)
+        self.waiting.append(Inbound(parse_request_topic(topic), topic, payload, receipt, duplicate))
         self._arrived.set()
         if not self._paused and len(self.waiting) >= self.settings.gateway_queue_messages:
             self._paused = True
             self.connection.pause(True)
             log.warning("queue full, reading stopped", waiting=len(self.waiting))
-        await inbound.done
 
     async def run(self, stop: asyncio.Event) -> None:
         """Handle batches until `stop` is set and nothing waits."""
@@ -236,9 +231,7 @@ class Gateway:
         for topic, payload in outgoing:
             self.connection.publish(topic, payload)
         PUBLISHED.inc(len(outgoing))
-        for inbound in batch:
-            if not inbound.done.done():
-                inbound.done.set_result(None)
+        self.connection.acknowledge(inbound.receipt for inbound in batch)
         await self._bar_clones()
 
     async def _bar_clones(self) -> None:
