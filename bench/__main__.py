@@ -120,7 +120,8 @@ def _save(options: argparse.Namespace, name: str, figures: dict[str, Any]) -> No
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m bench", description="Measured rollouts of simulated devices, lookups, provisioning and heartbeats."
+        prog="python -m bench",
+        description="Measured rollouts of simulated devices, lookups, provisioning and heartbeats.",
     )
     commands = parser.add_subparsers(dest="command", required=True)
     one = commands.add_parser("rollout", help="one rollout", description="One rollout in three waves.")

@@ -96,7 +96,7 @@ class Beats(asyncio.Protocol):
         """The next `count` heartbeats."""
         await self._writable.wait()
         now, devices = time.time_ns() // 1_000_000, len(self._names)
-        packets = []
+        packets: list[bytes] = []
         for number in range(self.sent, self.sent + count):
             turn, device = divmod(number, devices)
             payload = _PAYLOAD % (self._names[device], now, turn + 1, 120_000_000 + number % 4096)
@@ -185,7 +185,7 @@ async def one_by_one(task: BeatsTask, lines: AsyncIterator[bytes]) -> None:
     async def write() -> None:
         nonlocal written
         async for message in client.messages:
-            beat = orjson.loads(cast(bytes, message.payload))
+            beat = orjson.loads(message.payload)
             await database.execute(
                 INSERT,
                 (

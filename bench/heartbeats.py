@@ -177,7 +177,7 @@ class Bench:
 
         async def committed() -> int:
             cursor = await watcher.execute(
-                f"SELECT NULL, ({BEATS}), NULL UNION ALL SELECT device_id, uptime, extract(epoch FROM device_time)::float8 "  # type: ignore[arg-type]
+                f"SELECT NULL, ({BEATS}), NULL UNION ALL SELECT device_id, uptime, extract(epoch FROM device_time)::float8 "
                 "FROM presence WHERE device_id IN (SELECT jsonb_array_elements_text(%s::jsonb))",
                 (probes,),
             )
