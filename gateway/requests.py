@@ -7,7 +7,7 @@ differently: a key twice, numbers beyond 64 bits, more depth than anybody needs.
 
 import itertools
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import orjson
@@ -49,7 +49,10 @@ MAX_EXTRA = 20
 
 @dataclass(slots=True)
 class Heartbeat:
-    """What a heartbeat says, in the units of the presence table; `device_time` in epoch seconds. Not to be changed."""
+    """What a heartbeat says, in the units of the presence table; `device_time` in epoch seconds.
+
+    The last three are its place in a batch (gateway/beats.py); what it says is never changed.
+    """
 
     device_id: str
     device_time: float | None
@@ -62,6 +65,11 @@ class Heartbeat:
     error_count: int | None
     boot_id: str | None
     extra: dict[str, float] | None
+    beat_no: int = field(default=0, compare=False)
+    """Of those of its device, from 0."""
+    round: int = field(default=0, compare=False)
+    newest: bool = field(default=True, compare=False)
+    """Of its device in its round."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -57,7 +57,7 @@ def dying_gateway(db: Database, broker: Broker, fleet: Fleet, folder: Path) -> s
 async def execution(db: Database) -> tuple[Any, ...]:
     async with db.pool.connection() as connection:
         cursor = await connection.execute(
-            "SELECT state, version_number, details FROM executions WHERE device_id = 'motor-1'"
+            "SELECT state, version_number, status_details FROM executions WHERE device_id = 'motor-1'"
         )
         row = await cursor.fetchone()
     assert row is not None
