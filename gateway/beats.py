@@ -27,6 +27,7 @@ class Beats:
         """Take a heartbeat up, and give it its place."""
         thing = beat.device_id
         last = self._last.get(thing)
+        beat.beat_no, beat.round, beat.newest = 0, 0, True  # it may have had a place in a batch that failed
         if last is not None:
             if self._repeats(last, beat):
                 return
