@@ -258,12 +258,10 @@ _KNOWN = {
 
 
 def _heartbeat(thing: str, body: dict[str, Any]) -> Heartbeat:
-    """The dearest of what the gateway does with a heartbeat in Python, so what is usual is looked at first."""
-    get = body.get
-    if get("deviceId", thing) != thing:
+    if body.get("deviceId", thing) != thing:
         raise ValueError(f"deviceId: expected {thing}, as the topic says, got {body['deviceId']!r:.60}")
     timestamp = _number(body, "timestamp")
-    version, sha256, boot_id = get("firmwareVersion"), get("firmwareSha256"), get("bootId")
+    version, sha256, boot_id = body.get("firmwareVersion"), body.get("firmwareSha256"), body.get("bootId")
     if version is not None and (not isinstance(version, str) or len(version) > 50):
         raise ValueError(f"firmwareVersion: expected text of at most 50 characters, got {version!r:.60}")
     if sha256 is not None and (not isinstance(sha256, str) or not _SHA256.fullmatch(sha256)):
@@ -297,13 +295,11 @@ def _is_number(value: Any) -> bool:
 
 def _number(body: dict[str, Any], name: str) -> float | None:
     value = body.get(name)
-    if type(value) is float and -_MAX_INTEGER < value < _MAX_INTEGER:
-        return value
     if value is None:
         return None
-    if not _is_number(value):
-        raise ValueError(f"{name}: expected a number, got {value!r:.40}")
-    return float(value)
+    if (type(value) is float or type(value) is int) and -_MAX_INTEGER < value < _MAX_INTEGER:
+        return float(value)
+    raise ValueError(f"{name}: expected a number, got {value!r:.40}")
 
 
 def _whole(body: dict[str, Any], name: str) -> int | None:

@@ -358,11 +358,14 @@ def _read(inbounds: Sequence[Inbound]) -> Read:
     verbs: collections.Counter[str] = collections.Counter()
     read = Read()
     for inbound in inbounds:
-        verbs[inbound.topic.verb.value if inbound.topic else "unknown"] += 1
         if isinstance(inbound.said, Request):
             read.add(inbound.said)
+            if inbound.said.heartbeat is not None:
+                continue  # the many; counted at the end
         else:
             read.bad.append((inbound, inbound.said))
+        verbs[inbound.topic.verb.value if inbound.topic else "unknown"] += 1
+    verbs[Verb.HEARTBEAT.value] += len(inbounds) - verbs.total()
     for verb, number in verbs.items():
         MESSAGES.labels(verb).inc(number)
     return read
