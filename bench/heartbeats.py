@@ -71,7 +71,7 @@ class HeartbeatsConfig:
     seconds: float = 15.0
     devices: int = 2_000
     publishers: int = 20
-    lead: int = 4_000
+    lead: int = 8_000
     broker: BrokerKind | None = None
 
     @staticmethod
