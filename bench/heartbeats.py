@@ -12,6 +12,7 @@ part. At the end every heartbeat must be in the history exactly once. Then, on t
 
 import argparse
 import asyncio
+import math
 import os
 import re
 import statistics
@@ -108,6 +109,9 @@ class Flow:
     arrived: int = 0
     """Altogether, by the end."""
     latencies: list[float] = field(default_factory=list)
+    saturated: list[float] = field(default_factory=list)
+    at_half: list[float] = field(default_factory=list)
+    """Milliseconds from publish to commit while the publishers kept their lead, and at half that rate."""
     sampler: Sampler | None = None
 
     @property
@@ -156,7 +160,8 @@ class Bench:
             },
             "peak_memory_mib": durable.sampler.peak_mib,
             "batches": batches,
-            "latency_ms": _percentiles(durable.latencies),
+            "latency_ms": _percentiles(durable.saturated),
+            "latency_at_half_ms": _percentiles(durable.at_half),
             "published": durable.sent,
             "acknowledged_by_broker": durable.acknowledged,
             "seconds": durable.seconds,
@@ -297,18 +302,25 @@ class Bench:
         seconds: float,
         pids: Callable[[], dict[str, list[int]]] | None,
     ) -> None:
-        """Keep the publishers `lead` ahead: first warm, then measured, then until everything has come."""
+        """Keep the publishers `lead` ahead: first warm, then measured, then until everything has come.
+
+        With `pids`: measured is what these processes use, and then how long heartbeats take at half the rate.
+        """
         assert publisher.stdin is not None and publisher.stdout is not None
         started, allowed = await count(), 0
 
-        async def go_on(until: float) -> int:
+        async def go_on(until: float, per_second: float = math.inf) -> int:
             nonlocal allowed
+            before, began = allowed, time.monotonic()
             while True:
                 had = await count() - started
-                if time.monotonic() >= until:
+                if (now := time.monotonic()) >= until:
                     return had
-                if had + self.config.lead > allowed:
-                    allowed = had + self.config.lead
+                wanted = had + self.config.lead
+                if per_second < math.inf:
+                    wanted = min(wanted, before + int(per_second * (now - began)))
+                if wanted > allowed:
+                    allowed = wanted
                     publisher.stdin.write(b"%d\n" % allowed)  # type: ignore[union-attr]
                 await asyncio.sleep(POLL_SECONDS)
 
@@ -319,15 +331,19 @@ class Bench:
             began = time.monotonic()
             flow.counted = await go_on(began + seconds) - warm
             flow.seconds = time.monotonic() - began
-        flow.sampler = sampler
-        measured = len(flow.latencies)
+        flow.sampler, flow.saturated = sampler, flow.latencies.copy()
+        if pids is not None:
+            half = flow.per_second / 2
+            await go_on(time.monotonic() + min(WARM_SECONDS, seconds), half)
+            flow.latencies.clear()
+            await go_on(time.monotonic() + max(FEWEST_REFERENCE_SECONDS, seconds * REFERENCE_SHARE), half)
+            flow.at_half = flow.latencies.copy()
         publisher.stdin.close()
         report = orjson.loads(await asyncio.wait_for(publisher.stdout.readline(), 60) or b"{}")
         if not report:
             raise UnavailableError("the publishers ended before they had reported; see the log of beats")
         flow.sent, flow.acknowledged = report["sent"], report["acknowledged"]
         flow.arrived = await _until_all(count, started, flow.sent)
-        del flow.latencies[measured:]
 
 
 async def _until_all(count: Count, started: int, sent: int) -> int:
@@ -438,13 +454,17 @@ def show(console: Console, figures: dict[str, Any]) -> None:
         console.print(line, highlight=False, style="red" if line.startswith(("missed", "WRONG")) else None)
 
 
+def _shown(latencies: dict[str, float | None]) -> str:
+    return ", ".join(f"{name} {'-' if value is None else f'{value:.0f}'}" for name, value in latencies.items())
+
+
 def _lines(figures: dict[str, Any]) -> list[str]:
-    batches, latency = figures["batches"], figures["latency_ms"]
+    batches = figures["batches"]
     lines = [
         f"{batches['count']:,.0f} batches of {batches['mean_messages']:,.0f} messages and "
         f"{batches['mean_milliseconds']:.0f} ms on average",
-        f"from publish to commit, ms, with {figures['lead']:,} on the way: "
-        + ", ".join(f"{name} {'-' if value is None else f'{value:.0f}'}" for name, value in latency.items()),
+        f"ms from publish to commit, {figures['lead']:,} on the way: {_shown(figures['latency_ms'])}; "
+        f"at half that rate: {_shown(figures['latency_at_half_ms'])}",
     ]
     if not is_right(figures):
         lines.append(
