@@ -12,7 +12,6 @@
 
 import asyncio
 import collections
-import dataclasses
 import secrets
 import time
 from collections.abc import Iterable, Sequence
@@ -48,7 +47,7 @@ from store.devicetraffic import (
 from store.engine import Database
 from store.executions import Batch, load_in_pipeline, save_in_pipeline
 from store.waits import happened
-from transport.connection import Connection
+from transport.connection import Connection, Receipt
 
 log = structlog.get_logger("gateway")
 
@@ -67,6 +66,9 @@ BATCH_SECONDS = Histogram(
     buckets=(0.005, 0.02, 0.1, 0.5, 2),
 )
 RETRY_SECONDS = 0.5
+MAX_TOPICS = 16_384
+"""Topics of heartbeats that are kept taken apart; they come again and again."""
+_NO_TOPIC = BadRequest(ErrorCode.INVALID_TOPIC, "no request has this topic")
 _CONFIG_VERBS = frozenset({Verb.CONFIG_GET, Verb.CONFIG_UPDATE})
 _COMMAND_VERBS = frozenset({Verb.COMMAND_GET, Verb.COMMAND_RESPONSE})
 _SHADOW_VERBS = frozenset({Verb.SHADOW_GET, Verb.SHADOW_UPDATE, Verb.SHADOW_DELETE})
@@ -76,14 +78,13 @@ _AWAY = (psycopg.OperationalError, PoolTimeout, psycopg.errors.DeadlockDetected)
 
 @dataclass(slots=True)
 class Inbound:
-    """A message and the promise to acknowledge it."""
+    """A message, what it says, and what its acknowledgement takes."""
 
     topic: RequestTopic | None
     raw_topic: str
     payload: bytes
-    done: asyncio.Future[None]
-    duplicate: bool = False
-    """The broker says that it may have delivered this before."""
+    said: Request | BadRequest
+    receipt: Receipt
 
 
 @dataclass(slots=True)
@@ -149,32 +150,50 @@ class Gateway:
     settings: Settings
     waiting: list[Inbound] = field(default_factory=list)
     _arrived: asyncio.Event = field(default_factory=asyncio.Event)
+    _first_at: float = 0.0
+    """Since when the next batch has been gathering."""
+    _topics: dict[str, RequestTopic] = field(default_factory=dict)
     _paused: bool = False
     name: str = field(default_factory=lambda: secrets.token_hex(8))
     """What tells this gateway's pulses from those of others."""
     _clones: set[str] = field(default_factory=set)
     """Devices found to be two, to be barred once the batch that found it has been committed."""
 
-    async def receive(
-        self, topic: str | bytes, payload: bytes, retained: bool = False, duplicate: bool = False
-    ) -> None:
-        """The handler of every message: returns, and so acknowledges it, when it has been used."""
+    def receive(self, topic: str, payload: bytes, retained: bool, duplicate: bool, receipt: Receipt) -> None:
+        """The handler of every message, which keeps it for its batch."""
         if retained:
             RETAINED.inc()
+            self.connection.acknowledge([receipt])
             return
-        text = topic if isinstance(topic, str) else topic.decode("utf-8", "replace")
-        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        inbound = Inbound(parse_request_topic(text), text, payload, done, duplicate)
-        self.waiting.append(inbound)
+        parsed = self._parse_topic(topic)
+        said = _NO_TOPIC if parsed is None else parse_request(parsed, payload)
+        if duplicate and isinstance(said, Request):
+            said.duplicate = True
+        if not self.waiting:
+            self._first_at = time.monotonic()
+        self.waiting.append(Inbound(parsed, topic, payload, said, receipt))
         self._arrived.set()
         if not self._paused and len(self.waiting) >= self.settings.gateway_queue_messages:
             self._paused = True
             self.connection.pause(True)
             log.warning("queue full, reading stopped", waiting=len(self.waiting))
-        await inbound.done
+
+    def _parse_topic(self, topic: str) -> RequestTopic | None:
+        if (known := self._topics.get(topic)) is not None:
+            return known
+        parsed = parse_request_topic(topic)
+        if parsed is not None and parsed.verb is Verb.HEARTBEAT:
+            if len(self._topics) >= MAX_TOPICS:
+                self._topics.clear()
+            self._topics[topic] = parsed
+        return parsed
 
     async def run(self, stop: asyncio.Event) -> None:
-        """Handle batches until `stop` is set and nothing waits."""
+        """Handle batches until `stop` is set and nothing waits.
+
+        A batch gathers messages for a moment from its first one on. What has come while the last batch was at work has
+        waited already, so the busier the gateway is the larger are its batches, and it never rests between them.
+        """
         pause = self.settings.gateway_batch_milliseconds / 1000
         while not (stop.is_set() and not self.waiting):
             if stop.is_set():
@@ -184,9 +203,10 @@ class Gateway:
                 await _first(self._arrived, stop)
                 continue
             if len(self.waiting) < self.settings.gateway_batch_messages and not stop.is_set():
-                await asyncio.sleep(pause)
+                await asyncio.sleep(max(0.0, self._first_at + pause - time.monotonic()))
             batch = self.waiting[: self.settings.gateway_batch_messages]
             del self.waiting[: len(batch)]
+            self._first_at = time.monotonic()
             WAITING.set(len(self.waiting))
             if self._paused and len(self.waiting) < self.settings.gateway_queue_messages // 2:
                 self._paused = False
@@ -220,9 +240,7 @@ class Gateway:
         for topic, payload in outgoing:
             self.connection.publish(topic, payload)
         PUBLISHED.inc(len(outgoing))
-        for inbound in batch:
-            if not inbound.done.done():
-                inbound.done.set_result(None)
+        self.connection.acknowledge(inbound.receipt for inbound in batch)
         await self._bar_clones()
 
     async def _bar_clones(self) -> None:
@@ -240,10 +258,8 @@ class Gateway:
                 log.warning("device barred", device=thing, reason=reason)
 
     async def _give_up_on(self, inbound: Inbound, error: Exception) -> list[Outgoing]:
-        parsed = parse_request(inbound.topic, inbound.payload) if inbound.topic else None
-        token = parsed.token if parsed else None
         message = "the request could not be handled; it has been kept"
-        bad = BadRequest(ErrorCode.INTERNAL_ERROR, message, token, shadow_code=500)
+        bad = BadRequest(ErrorCode.INTERNAL_ERROR, message, inbound.said.token, shadow_code=500)
         thing = inbound.topic.thing if inbound.topic else None
         async with self.db.pool.connection() as connection:
             await share_access(connection)
@@ -349,20 +365,18 @@ class Gateway:
 
 
 def _read(inbounds: Sequence[Inbound]) -> Read:
-    """The messages of a batch, judged by themselves."""
+    """The messages of a batch, sorted."""
     verbs: collections.Counter[str] = collections.Counter()
     read = Read()
     for inbound in inbounds:
-        parsed = (
-            BadRequest(ErrorCode.INVALID_TOPIC, "no request has this topic")
-            if inbound.topic is None
-            else parse_request(inbound.topic, inbound.payload)
-        )
-        verbs[inbound.topic.verb.value if inbound.topic else "unknown"] += 1
-        if isinstance(parsed, Request):
-            read.add(dataclasses.replace(parsed, duplicate=True) if inbound.duplicate else parsed)
+        if isinstance(inbound.said, Request):
+            read.add(inbound.said)
+            if inbound.said.heartbeat is not None:
+                continue  # the many; counted at the end
         else:
-            read.bad.append((inbound, parsed))
+            read.bad.append((inbound, inbound.said))
+        verbs[inbound.topic.verb.value if inbound.topic else "unknown"] += 1
+    verbs[Verb.HEARTBEAT.value] += len(inbounds) - verbs.total()
     for verb, number in verbs.items():
         MESSAGES.labels(verb).inc(number)
     return read
