@@ -29,7 +29,8 @@ from gateway.diagnostics import take_diagnostics
 from gateway.documents import Documents
 from gateway.jobs import Outgoing, answer, reject
 from gateway.requests import BadRequest, Heartbeat, Request, parse_request
-from gateway.shadow import answer_about_shadows, reject_shadow
+from gateway.shadow import MAX_IN_FLIGHT, TOO_MANY, answer_about_shadows, reject_shadow
+from gateway.shadow_requests import token_of
 from models.identity import DeviceHappening
 from models.protocol import ErrorCode, RequestTopic, Verb, parse_request_topic
 from models.settings import Settings
@@ -56,6 +57,9 @@ PUBLISHED = Counter("tidegate_gateway_published_total", "Messages to devices.")
 BARRED = Counter("tidegate_gateway_barred_total", "Messages of barred devices, which change nothing.")
 RETAINED = Counter("tidegate_gateway_retained_total", "Messages that the broker had kept, which change nothing.")
 CLONES = Counter("tidegate_gateway_clones_total", "Devices barred because their identity is used twice.")
+THROTTLED = Counter(
+    "tidegate_gateway_throttled_total", "Shadow requests rejected because too many of their device were unanswered."
+)
 RETRIES = Counter("tidegate_gateway_batch_retries_total", "Batches tried again because PostgreSQL was away.")
 WAITING = Gauge("tidegate_gateway_waiting_messages", "Messages that wait for their batch.")
 BATCH_SIZE = Histogram("tidegate_gateway_batch_messages", "Messages in a batch.", buckets=(1, 5, 20, 100, 500, 2000))
@@ -84,6 +88,10 @@ class Inbound:
     done: asyncio.Future[None]
     duplicate: bool = False
     """The broker says that it may have delivered this before."""
+    counted: bool = False
+    """A shadow request in flight."""
+    throttled: bool = False
+    """One too many."""
 
 
 @dataclass(slots=True)
@@ -99,6 +107,8 @@ class Read:
     beats: list[dict[str, Heartbeat]] = field(default_factory=list)
     """The newest heartbeat of each device; where two in a batch are of different boots, in rounds, one after the other."""
     bad: list[tuple[Inbound, BadRequest]] = field(default_factory=list)
+    throttled: list[tuple[Inbound, BadRequest]] = field(default_factory=list)
+    """What is rejected without having been looked at, and is not kept."""
 
     def add(self, request: Request) -> None:
         """Sort a request in."""
@@ -154,6 +164,7 @@ class Read:
             diagnostics=heard(self.diagnostics),
             beats=[{thing: beat for thing, beat in beats.items() if thing not in barred} for beats in self.beats],
             bad=[(inbound, bad) for inbound, bad in self.bad if not inbound.topic or inbound.topic.thing not in barred],
+            throttled=[(i, bad) for i, bad in self.throttled if not i.topic or i.topic.thing not in barred],
         )
 
 
@@ -170,6 +181,8 @@ class Gateway:
     _paused: bool = False
     _clones: set[str] = field(default_factory=set)
     """Devices found to be two, to be barred once the batch that found it has been committed."""
+    _in_flight: dict[str, int] = field(default_factory=dict)
+    """Shadow requests that have come and are not answered yet, by device."""
 
     async def receive(
         self, topic: str | bytes, payload: bytes, retained: bool = False, duplicate: bool = False
@@ -181,6 +194,8 @@ class Gateway:
         text = topic if isinstance(topic, str) else topic.decode("utf-8", "replace")
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         inbound = Inbound(parse_request_topic(text), text, payload, done, duplicate)
+        if inbound.topic is not None and inbound.topic.verb in _SHADOW_VERBS:
+            self._count_in(inbound, inbound.topic.thing)
         self.waiting.append(inbound)
         self._arrived.set()
         if not self._paused and len(self.waiting) >= self.settings.gateway_queue_messages:
@@ -188,6 +203,21 @@ class Gateway:
             self.connection.pause(True)
             log.warning("queue full, reading stopped", waiting=len(self.waiting))
         await inbound.done
+
+    def _count_in(self, inbound: Inbound, thing: str) -> None:
+        """What comes again has been let in before: it may have been applied, and a rejection would deny that."""
+        number = self._in_flight.get(thing, 0)
+        inbound.throttled = number >= MAX_IN_FLIGHT and not inbound.duplicate
+        if not inbound.throttled:
+            inbound.counted = True
+            self._in_flight[thing] = number + 1
+
+    def _count_out(self, inbound: Inbound) -> None:
+        assert inbound.topic is not None
+        inbound.counted, thing = False, inbound.topic.thing
+        self._in_flight[thing] -= 1
+        if not self._in_flight[thing]:
+            del self._in_flight[thing]
 
     async def run(self, stop: asyncio.Event) -> None:
         """Handle batches until `stop` is set and nothing waits."""
@@ -237,6 +267,8 @@ class Gateway:
             self.connection.publish(topic, payload)
         PUBLISHED.inc(len(outgoing))
         for inbound in batch:
+            if inbound.counted:
+                self._count_out(inbound)
             if not inbound.done.done():
                 inbound.done.set_result(None)
         await self._bar_clones()
@@ -275,7 +307,7 @@ class Gateway:
     async def _transact(self, inbounds: Sequence[Inbound]) -> list[Outgoing]:
         """One transaction over a batch. Returns what to publish once it has committed."""
         read = _read(inbounds)
-        asked_of = read.things | {inbound.topic.thing for inbound, _ in read.bad if inbound.topic}
+        asked_of = read.things | {i.topic.thing for i, _ in (*read.bad, *read.throttled) if i.topic}
         outgoing: list[Outgoing] = []
         async with self.db.pool.connection() as connection, connection.pipeline():
             await share_access(connection)
@@ -309,6 +341,10 @@ class Gateway:
             QUARANTINED.labels(reason.code.value).inc()
             if inbound.topic is not None:
                 outgoing += _reject(inbound.topic, reason, now)
+        THROTTLED.inc(len(read.throttled))
+        for inbound, reason in read.throttled:
+            if inbound.topic is not None:
+                outgoing += reject_shadow(inbound.topic, reason, now)
         return outgoing
 
     async def _load(self, connection: psycopg.AsyncConnection, requests: Sequence[Request]) -> Batch:
@@ -368,6 +404,10 @@ def _read(inbounds: Sequence[Inbound]) -> Read:
     verbs: collections.Counter[str] = collections.Counter()
     read = Read()
     for inbound in inbounds:
+        if inbound.throttled:
+            bad = BadRequest(ErrorCode.REQUEST_THROTTLED, TOO_MANY, token_of(inbound.payload), 429)
+            read.throttled.append((inbound, bad))
+            continue
         parsed = (
             BadRequest(ErrorCode.INVALID_TOPIC, "no request has this topic")
             if inbound.topic is None
