@@ -61,10 +61,8 @@ class Judge(ABC):
 
     named = True
     """Whether the SDK knows named shadows."""
-    chooses_token = True
-    """Whether a request's clientToken can be given."""
-    typed_jobs = True
-    """Whether the SDK has calls for every request about jobs."""
+    names_versions = True
+    """Whether an application can say which version of a shadow its update expects. Otherwise the SDK says it itself."""
 
     def __init__(self, host: str, port: int, who: Credentials) -> None:
         self.host, self.port, self.who, self.thing = host, port, who, who.name
@@ -82,7 +80,7 @@ class Judge(ABC):
     def close(self) -> None:
         """Disconnect; nothing of the SDK runs on."""
 
-    def ask_patiently(self, verb: Verb, seconds: float = 60, **more: Any) -> Answer:
+    def ask_patiently(self, verb: Verb, seconds: float = 90, **more: Any) -> Answer:
         """As an application does over an outage: until an answer has come."""
         deadline = time.monotonic() + seconds
         while True:

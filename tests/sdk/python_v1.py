@@ -27,7 +27,6 @@ class PythonV1(Judge):
     """Its tokens are its own: one per shadow request, its client id in every request about jobs."""
 
     named = False
-    chooses_token = False
 
     def open(self, shadows: tuple[str, ...]) -> None:
         shadow_client = AWSIoTMQTTShadowClient(self.thing)

@@ -96,13 +96,16 @@ class PythonV2(Judge):
             **files,
             min_reconnect_delay_ms=250,
             max_reconnect_delay_ms=1000,
-            on_lifecycle_connection_success=lambda _: connected.set(),
+            on_lifecycle_connection_success=lambda _: (self._connected_anew(), connected.set()),
             on_lifecycle_stopped=lambda _: self._stopped.set(),
         )
         self._client = client
         self._wrap()
         client.start()
         assert connected.wait(ANSWER_SECONDS), "the SDK did not connect"
+
+    def _connected_anew(self) -> None:
+        """What an application has to do itself where the broker has lost its session."""
 
     def _wrap(self) -> None:
         """Make the clients of the services, before the connection starts."""
@@ -130,7 +133,9 @@ class PythonV2(Judge):
         module, name = _CALLS[verb]
         if shadow:
             name = name.replace("_shadow", "_named_shadow")
-        given = {"".join("_" + c.lower() if c.isupper() else c for c in key): value for key, value in (body or {}).items()}
+        given = {
+            "".join("_" + c.lower() if c.isupper() else c for c in key): value for key, value in (body or {}).items()
+        }
         if (state := given.get("state")) is not None:
             given["state"] = iotshadow.ShadowState(**state)
             for section, value in state.items():
@@ -149,10 +154,8 @@ class PythonV2(Judge):
 class RequestResponse(PythonV2):
     """`IotShadowClientV2` and `IotJobsClientV2`: futures, and streams of events."""
 
-    chooses_token = False
-
     def _wrap(self) -> None:
-        options = mqtt_request_response.ClientOptions(10, 10, 60)
+        options = mqtt_request_response.ClientOptions(10, 10, int(ANSWER_SECONDS))
         self._clients = {
             iotshadow: iotshadow.IotShadowClientV2(self._client, options),
             iotjobs: iotjobs.IotJobsClientV2(self._client, options),
@@ -191,7 +194,7 @@ class RequestResponse(PythonV2):
         name, module, request = self._request(verb, body, shadow, job)
         future: Future[Any] = getattr(self._clients[module], name)(request)
         try:
-            answer = Answer(True, plain(future.result(60)))
+            answer = Answer(True, plain(future.result(2 * ANSWER_SECONDS)))
         except awsiot.V2ServiceException as error:
             if error.modeled_error is None:
                 raise
@@ -214,6 +217,9 @@ class Classic(PythonV2):
         }
         self._waiting: dict[str, Future[Answer]] = {}
         self._subscribed: set[tuple[str, str, str]] = set()
+
+    def _connected_anew(self) -> None:
+        self._subscribed.clear()
 
     def open(self, shadows: tuple[str, ...]) -> None:
         self._connect()

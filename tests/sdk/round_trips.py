@@ -69,7 +69,8 @@ def live_with_a_shadow(judge: Judge, shadow: str = "") -> None:
         return judge.ask(Verb.SHADOW_UPDATE, body, shadow=shadow)
 
     none = judge.ask(Verb.SHADOW_GET, shadow=shadow)
-    assert none.code == 404 and none.body["message"] == f"No shadow exists with name: {shadow or judge.thing}"
+    name = judge.thing + (f"~{shadow}" if shadow else "")
+    assert none.code == 404 and none.body["message"] == f"No shadow exists with name: {name}"
 
     wish = say(state={"desired": {"colour": "red", "level": {"low": 1, "high": 9}}})
     assert wish.accepted and wish.body["version"] == 1
@@ -80,7 +81,8 @@ def live_with_a_shadow(judge: Judge, shadow: str = "") -> None:
     assert changed["current"]["version"] == 1
     assert changed["current"]["state"]["desired"]["colour"] == "red"
 
-    report = say(state={"reported": {"colour": "red", "level": {"low": 1}}}, version=1)
+    expected = {"version": 1} if judge.names_versions else {}
+    report = say(state={"reported": {"colour": "red", "level": {"low": 1}}}, **expected)
     assert report.accepted and report.body["version"] == 2
     assert judge.events.next("delta", shadow)["state"] == {"level": {"high": 9}}
     changed = judge.events.next("documents", shadow)
@@ -95,7 +97,8 @@ def live_with_a_shadow(judge: Judge, shadow: str = "") -> None:
     }
     assert whole.body["metadata"]["desired"]["colour"]["timestamp"] >= 1_700_000_000
 
-    assert say(state={"reported": {"colour": "blue"}}, version=1).code == 409
+    if judge.names_versions:
+        assert say(state={"reported": {"colour": "blue"}}, version=1).code == 409
     assert say(state={"desired": {"text": "x" * 9_000}}).code == 413
     deep: dict[str, Any] = {"end": 1}
     for _ in range(9):

@@ -4,27 +4,26 @@ The gateway is a process, so that it can be killed. Devices have real certificat
 """
 
 import asyncio
-import os
-import subprocess
-import sys
+import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import httpx
+import aiomqtt
 import psycopg
 
 from access.mosquitto import GATEWAY, WORKER
 from activities.notices import OfferedJob, offer_notices
+from models.protocol import Verb, jobs_topic
 from store.engine import Database
-from tests.conftest import TABLES, free_port
+from tests.conftest import TABLES
+from tests.gateway_process import READY_SECONDS, GatewayProcess
 from tests.integration.access_setup import Credentials, Stage, stage
 from tests.integration.rollout_setup import Fleet, prepare
+from tests.sdk.judge import Judge
 
 JOB = "motor-1_3_0"
-ROOT = Path(__file__).parent.parent.parent
-READY_SECONDS = 40
 
 
 @dataclass
@@ -33,10 +32,8 @@ class Site:
 
     stage: Stage
     fleet: Fleet
-    folder: Path
+    gateway: GatewayProcess
     free: list[str] = field(default_factory=list)
-    gateway: "subprocess.Popen[bytes] | None" = None
-    metrics_port: int = 0
 
     @property
     def port(self) -> int:
@@ -47,51 +44,6 @@ class Site:
         """A device that no test has had yet."""
         return await self.stage.device(self.free.pop())
 
-    def start_gateway(self) -> None:
-        """Start it; `ready` says when it serves."""
-        settings = self.stage.settings(GATEWAY)
-        self.metrics_port = free_port()
-        environment = {
-            **os.environ,
-            "TIDEGATE_STATE_DIR": str(self.folder),
-            "TIDEGATE_DATABASE_URL": str(settings.database_url),
-            "TIDEGATE_MQTT_URL": str(settings.mqtt_url),
-            "TIDEGATE_MQTT_CA": str(settings.mqtt_ca),
-            "TIDEGATE_MQTT_CERTIFICATE": str(settings.mqtt_certificate),
-            "TIDEGATE_MQTT_PRIVATE_KEY": str(settings.mqtt_private_key),
-            "TIDEGATE_ARTIFACT_URL": "http://127.0.0.1:1/",
-            "TIDEGATE_ORDER_KEY": str(self.folder / "order.pem"),
-            "TIDEGATE_GATEWAY_METRICS_PORT": str(self.metrics_port),
-        }
-        with (self.folder / "gateway.log").open("ab") as log:
-            self.gateway = subprocess.Popen(
-                [sys.executable, "-m", "gateway"], env=environment, cwd=ROOT, stdout=log, stderr=log
-            )
-
-    def kill_gateway(self) -> None:
-        """SIGKILL."""
-        if self.gateway is not None:
-            self.gateway.kill()
-            self.gateway.wait(10)
-            self.gateway = None
-
-    async def ready(self) -> None:
-        """Until the gateway serves."""
-        url = f"http://127.0.0.1:{self.metrics_port}/metrics"
-        async with httpx.AsyncClient() as client, asyncio.timeout(READY_SECONDS):
-            while True:
-                assert self.gateway is not None and self.gateway.poll() is None, self.log()
-                try:
-                    if 'tidegate_ready{process="gateway"} 1.0' in (await client.get(url)).text:
-                        return
-                except httpx.TransportError:
-                    pass
-                await asyncio.sleep(0.05)
-
-    def log(self) -> str:
-        """What the gateway has said."""
-        return (self.folder / "gateway.log").read_text()[-4000:]
-
     async def offer(self, thing: str) -> None:
         """Hint at the rollout, as the worker does."""
         worker = self.stage.client(self.stage.credentials(WORKER), engine=True, client_id="engine@worker-test")
@@ -99,18 +51,27 @@ class Site:
             for topic, payload in offer_notices([thing], OfferedJob(JOB, 1_790_000_000), 1_790_000_000):
                 await client.publish(topic, payload)
 
-    async def quarantined(self) -> list[tuple[str, str, str]]:
-        """Topic, code and reason of all that could not be used."""
-        async with self.stage.db.pool.connection() as connection:
-            rows = await (await connection.execute("SELECT topic, code, reason FROM quarantine")).fetchall()
-        return [tuple(row) for row in rows]
+    async def answers(self) -> None:
+        """Until the gateway answers: after its broker was away it subscribes anew, and what came before is lost."""
+        who = await self.device()
+        async with asyncio.timeout(READY_SECONDS), self.stage.client(who) as client:
+            await client.subscribe(jobs_topic(who.name, "get/accepted"))
+            asking = asyncio.create_task(self._ask_often(client, who.name))
+            try:
+                await anext(client.messages)
+            finally:
+                asking.cancel()
+
+    @staticmethod
+    async def _ask_often(client: aiomqtt.Client, thing: str) -> None:
+        while True:
+            await client.publish(jobs_topic(thing, "get"), b"{}", qos=1)
+            await asyncio.sleep(0.2)
 
 
 @asynccontextmanager
 async def site(database_url: str, folder: Path, devices: int) -> AsyncIterator[Site]:
     """A running one with an empty registry but for `devices` devices and their rollout."""
-    from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
-
     with psycopg.connect(database_url, autocommit=True) as connection:
         connection.execute(f"TRUNCATE {TABLES} RESTART IDENTITY".encode())
         connection.execute("UPDATE access_state SET revision = 0")
@@ -119,15 +80,47 @@ async def site(database_url: str, folder: Path, devices: int) -> AsyncIterator[S
     try:
         async with stage(db) as made:
             fleet = await prepare(db, devices)
-            pem = fleet.order_key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
-            (folder / "order.pem").write_bytes(pem)
-            (folder / "order.pem").chmod(0o600)
-            running = Site(made, fleet, folder, [f"motor-{i}" for i in range(devices, 0, -1)])
-            running.start_gateway()
+            gateway = GatewayProcess(folder, made.settings(GATEWAY), fleet.order_key)
+            running = Site(made, fleet, gateway, [f"motor-{i}" for i in range(devices, 0, -1)])
+            gateway.start()
             try:
-                await running.ready()
+                await gateway.ready()
                 yield running
             finally:
-                running.kill_gateway()
+                gateway.kill()
     finally:
         await db.close()
+
+
+@asynccontextmanager
+async def judging(place: Site, kind: type[Judge], *shadows: str) -> AsyncIterator[Judge]:
+    """A connected judge; no thread of its SDK outlives it."""
+    before = set(threading.enumerate())
+    judge = kind("localhost", place.port, await place.device())
+    await asyncio.to_thread(judge.open, shadows)
+    try:
+        yield judge
+    finally:
+        await asyncio.to_thread(judge.close)
+    left = [thread for thread in set(threading.enumerate()) - before if "asyncio" not in thread.name]
+    for thread in left:
+        if not isinstance(thread, threading._DummyThread):  # type: ignore[attr-defined]
+            await asyncio.to_thread(thread.join, 10)
+            assert not thread.is_alive(), f"{thread} of the SDK runs on"
+
+
+async def outlive_outages(place: Site, judge: Judge) -> None:
+    """The gateway is killed and the broker is, and the SDK is answered after either."""
+    assert (await asyncio.to_thread(judge.ask, Verb.GET_PENDING)).accepted
+    place.gateway.kill()
+    asked = asyncio.create_task(asyncio.to_thread(judge.ask, Verb.START_NEXT))
+    await asyncio.sleep(0.2)
+    place.gateway.start()
+    answer = await asked
+    assert answer.body["execution"]["status"] == "IN_PROGRESS", "the broker kept the request for the gateway"
+    await place.gateway.ready()
+    place.stage.stop_broker()
+    place.stage.start_broker()
+    await place.answers()
+    again = await asyncio.to_thread(judge.ask_patiently, Verb.START_NEXT)
+    assert again.body["execution"]["versionNumber"] == 2, "it is the same execution"

@@ -1,21 +1,17 @@
 """AWS's device SDKs for Python, unmodified, on a real Mosquitto with certificates, a real PostgreSQL and the gateway."""
 
 import asyncio
-import threading
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
-from pathlib import Path
+from collections.abc import AsyncIterator
 
 import pytest
 import pytest_asyncio
 
-from models.protocol import Verb
 from tests.conftest import mosquitto_binary
 from tests.sdk.judge import Judge
 from tests.sdk.python_v1 import PythonV1
 from tests.sdk.python_v2 import Classic, Classic311, RequestResponse, RequestResponse311
 from tests.sdk.round_trips import live_with_a_shadow, work_through_a_job
-from tests.sdk.site import Site, site
+from tests.sdk.site import Site, judging, outlive_outages, site
 
 pytestmark = [
     pytest.mark.skipif(mosquitto_binary() is None, reason="Mosquitto is not installed"),
@@ -28,30 +24,12 @@ pytestmark = [
 ]
 JUDGES: list[type[Judge]] = [RequestResponse, RequestResponse311, Classic, Classic311, PythonV1]
 every_judge = pytest.mark.parametrize("kind", JUDGES, ids=lambda kind: kind.__name__)
-Made = Callable[[type[Judge]], Judge]
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="session")
 async def place(database_url: str, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Site]:
-    async with site(database_url, tmp_path_factory.mktemp("sdk"), 3 * len(JUDGES)) as made:
+    async with site(database_url, tmp_path_factory.mktemp("sdk"), 4 * len(JUDGES)) as made:
         yield made
-
-
-@asynccontextmanager
-async def judging(place: Site, kind: type[Judge], *shadows: str) -> AsyncIterator[Judge]:
-    """A connected judge; no thread of its SDK outlives it."""
-    before = set(threading.enumerate())
-    judge = kind("localhost", place.port, await place.device())
-    await asyncio.to_thread(judge.open, shadows)
-    try:
-        yield judge
-    finally:
-        await asyncio.to_thread(judge.close)
-    left = [thread for thread in set(threading.enumerate()) - before if "asyncio" not in thread.name]
-    for thread in left:
-        if not isinstance(thread, threading._DummyThread):  # type: ignore[attr-defined]
-            await asyncio.to_thread(thread.join, 10)
-            assert not thread.is_alive(), f"{thread} of the SDK runs on"
 
 
 @every_judge
@@ -78,15 +56,4 @@ async def test_an_sdk_is_answered_after_the_gateway_was_killed_and_after_the_bro
     place: Site, kind: type[Judge]
 ) -> None:
     async with judging(place, kind) as judge:
-        assert (await asyncio.to_thread(judge.ask, Verb.GET_PENDING)).accepted
-        place.kill_gateway()
-        asked = asyncio.create_task(asyncio.to_thread(judge.ask, Verb.START_NEXT))
-        await asyncio.sleep(0.2)
-        place.start_gateway()
-        answer = await asked
-        assert answer.body["execution"]["status"] == "IN_PROGRESS", "the broker kept the request for the gateway"
-        await place.ready()
-        place.stage.stop_broker()
-        place.stage.start_broker()
-        again = await asyncio.to_thread(judge.ask_patiently, Verb.START_NEXT)
-        assert again.body["execution"]["versionNumber"] == 2, "it is the same execution"
+        await outlive_outages(place, judge)
