@@ -12,7 +12,7 @@ from psycopg import AsyncConnection
 from domain.shadow import Document
 from domain.shadow_messages import Message, announce, delta_message
 from domain.shadow_waiting import still_missing, unconfirmed
-from domain.standing import why_not_configure
+from domain.standing import why_not_want
 from models.identity import DeviceHappening
 from models.shadow import CheckShadowInput, EndShadowInput, ShadowSeen, WantShadowInput
 from store.engine import Database
@@ -33,7 +33,7 @@ class ShadowSyncStore:
         Raises NotFoundError, RefusedError, ConflictError, InvalidInputError.
         """
         async with self.db.pool.connection() as connection:
-            refuse(why_not_configure(await standing(connection, asked.device_id, lock=True)))
+            refuse(why_not_want(await standing(connection, asked.device_id, lock=True)))
             if await was_set(connection, asked.device_id, asked.mark):
                 document = await _document(connection, asked.device_id, asked.shadow)
                 reminder = delta_message(asked.device_id, asked.shadow, document, datetime.now(UTC).timestamp())
@@ -56,7 +56,7 @@ class ShadowSyncStore:
     async def check(self, asked: CheckShadowInput) -> tuple[ShadowSeen, list[Message]]:
         """Whether the device has reported it; where not, wait on. Raises RefusedError for one that is not heard."""
         async with self.db.pool.connection() as connection:
-            refused = why_not_configure(await standing(connection, asked.device_id, lock=True))
+            refused = why_not_want(await standing(connection, asked.device_id, lock=True))
             if refused is not None:
                 await forget(connection, asked.workflow_id)
             else:
