@@ -20,12 +20,14 @@ from cli.command import Session, command, whoami
 from cli.output import ExitStatus, ago, table, when
 from domain.shadow import Document
 from domain.shadow_messages import Message, announce, delete_message, get_body
+from domain.standing import why_not_want
 from domain.strict_json import parse_object
 from models.errors import InvalidInputError, NotFoundError, RefusedError, UnavailableError
-from models.ids import SHADOW_NAME, THING_NAME
+from models.ids import SHADOW_NAME
 from models.protocol import CONFIG_SHADOW
 from models.quantities import parse_duration
 from models.shadow import SyncOutcome, SyncShadowInput, SyncShadowResult
+from store.lifecycle import LifecycleStore
 from store.shadows import (
     ShadowUpdate,
     delete_shadow,
@@ -105,8 +107,10 @@ async def set_shadow(
     patch = _read(file) if file is not None else patch_of(changes or [], unset or [])
     if patience is None:
         return await _write(session, device_id, name, patch, version, reason)
+    async with session.database() as db:
+        await LifecycleStore(db).check(device_id, why_not_want)
     asked = SyncShadowInput(
-        device_id=_device(device_id),
+        device_id=device_id,
         shadow=name,
         patch=patch,
         actor=whoami(),
@@ -318,12 +322,6 @@ def _duration(text: str | None) -> timedelta | None:
         return None if text is None else parse_duration(text)
     except (ValueError, OverflowError) as error:
         raise InvalidInputError(f"--wait: {error}") from error
-
-
-def _device(device_id: str) -> str:
-    if not THING_NAME.fullmatch(device_id):
-        raise NotFoundError(f"no device with the id {device_id!r}; 'device list' shows those there are")
-    return device_id
 
 
 def _check_name(name: str) -> None:

@@ -14,6 +14,8 @@ import pytest
 import pytest_asyncio
 from temporalio.client import Client
 
+import gateway.shadow
+import store.shadow_syncing as syncing
 from activities.relay import OutboxRelay
 from agent.client import Broker as Address
 from agent.client import JobsClient, Patience
@@ -25,7 +27,7 @@ from models.shadow import CheckShadowInput, EndShadowInput, SyncOutcome, SyncSha
 from store.access import bar, change_access
 from store.engine import Database
 from store.shadow_syncing import ShadowSyncStore
-from store.shadows import clear_shadows, delete_shadow, get_shadow, purge_deleted, set_desired
+from store.shadows import clear_shadows, delete_shadow, get_shadow, purge_deleted, save_shadows, set_desired
 from store.waits import happened
 from tests.cli_runner import Ran, run
 from tests.conftest import Broker
@@ -148,24 +150,37 @@ async def test_a_device_that_is_away_is_named_as_such_and_given_it_when_it_comes
                 await asyncio.sleep(0.05)
 
 
-async def test_the_waiting_command_is_killed_and_another_one_joins(world: World) -> None:
-    words = [sys.executable, "starter.py", "shadow", "set", DEVICE, "power=on", "--wait", "2m"]
-    waiting = await asyncio.create_subprocess_exec(
-        *words, cwd=ROOT, env=os.environ | world.environment, stderr=asyncio.subprocess.PIPE
+async def started(world: World, *words: str) -> tuple[asyncio.subprocess.Process, str]:
+    """A command as a process of its own, and the first line of what it says: it has begun to wait by then."""
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "starter.py", "shadow", *words),
+        cwd=ROOT,
+        env=os.environ | world.environment,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
     )
+    assert process.stderr is not None
+    return process, (await asyncio.wait_for(process.stderr.readline(), 60)).decode()
+
+
+async def test_the_waiting_command_is_killed_and_others_join(world: World) -> None:
+    words = ("set", DEVICE, "power=on", "--wait", "5m")
+    waiting, said = await started(world, *words)
     await world.waited_for()
-    assert waiting.stderr is not None
-    said = (await asyncio.wait_for(waiting.stderr.readline(), 30)).decode()
     waiting.send_signal(signal.SIGKILL)
-    await waiting.wait()
+    await waiting.communicate()
+    again, said_again = await started(world, *words)
+    assert said == said_again
     token = said.split("--token ")[1].split("'")[0]
+    joining = asyncio.create_task(world.run("wait", DEVICE, "--token", token, "--json"))
     async with world.device():
-        joined, rerun = await asyncio.gather(
-            world.run("wait", DEVICE, "--token", token, "--json"),
-            world.run("set", DEVICE, "power=on", "--wait", "2m", "--json"),
-        )
+        joined = await joining
+        out, err = await asyncio.wait_for(again.communicate(), 60)
     assert (joined.status, joined.json["outcome"]) == (0, "confirmed"), joined.err
-    assert rerun.status == 0
+    assert again.returncode == 0 and b"motor-1 reports what is wanted" in out, err
+    assert await rows(world.db, "SELECT count(*) FROM shadow_history WHERE actor = 'alice'") == [(1,)]
+    late = await world.run("wait", DEVICE, "--token", token, "--json")
+    assert late.json["outcome"] == "confirmed", "what has ended says how"
     unknown = await world.run("wait", DEVICE, "--token", "nothing")
     assert unknown.status == 2 and "no wait shadow:motor-1//nothing" in unknown.err
 
@@ -189,7 +204,7 @@ async def test_refusals_and_mistakes_say_what_to_do(world: World) -> None:
         return ran.err
 
     assert "no device with the id 'nobody'" in await refused(2, "set", "nobody", "a=1")
-    assert "no device with the id 'nobody'" in await refused(6, "set", "nobody", "a=1", "--wait", "5s") or True
+    assert "no device with the id 'nobody'" in await refused(2, "set", "nobody", "a=1", "--wait", "5s")
     assert "expected either KEY=VALUE" in await refused(2, "set", DEVICE)
     assert "expected KEY=VALUE" in await refused(2, "set", DEVICE, "power")
     assert "given twice" in await refused(2, "set", DEVICE, "a=1", "a=2")
@@ -273,6 +288,36 @@ async def test_a_report_is_seen_or_finds_the_wait_at_whichever_moment_it_comes(d
             told = await rows(db, "SELECT FROM workflow_outbox")
             assert seen.confirmed or told, number
             assert bool(await rows(db, "SELECT FROM device_waits")) is False
+
+
+@pytest.mark.parametrize("mutant", [False, True])
+async def test_a_look_waits_for_a_report_that_is_being_taken_or_both_would_miss_each_other(
+    db: Database, broker: Broker, monkeypatch: pytest.MonkeyPatch, mutant: bool
+) -> None:
+    loaded, go_on, save, look = asyncio.Event(), asyncio.Event(), save_shadows, syncing.standing
+
+    async def slowly(*arguments: Any) -> None:
+        loaded.set()
+        await go_on.wait()
+        await save(*arguments)
+
+    async def without_lock(connection: Any, device_id: str, **_: Any) -> Any:
+        return await look(connection, device_id)
+
+    monkeypatch.setattr(gateway.shadow, "save_shadows", slowly)
+    if mutant:
+        monkeypatch.setattr(syncing, "standing", without_lock)
+    async with shadow_door(db, broker, 1) as door:
+        reporting = asyncio.create_task(report(door, DEVICE, {"power": "on"}))
+        await asyncio.wait_for(loaded.wait(), 20)
+        looking = asyncio.create_task(ShadowSyncStore(db).check(CHECK))
+        await asyncio.wait([looking], timeout=0.5)
+        assert looking.done() is mutant
+        go_on.set()
+        await reporting
+        seen, _ = await looking
+    assert seen.confirmed is not mutant
+    assert await rows(db, "SELECT FROM workflow_outbox") == []
 
 
 async def test_a_device_that_is_barred_meanwhile_is_waited_for_no_longer(db: Database) -> None:
