@@ -38,6 +38,7 @@ from activities.provisioning import IssuingActivities, ProvisioningActivities
 from activities.relay import OutboxRelay
 from activities.rollouts import RolloutActivities
 from activities.rotation import RotationActivities
+from activities.shadow import ShadowActivities
 from activities.signing import CertificateSigner
 from models.errors import InvalidInputError, TidegateError, UnavailableError
 from models.lifecycle import RotateFleetInput
@@ -51,6 +52,7 @@ from store.engine import Database
 from store.provisioning import ProvisioningStore
 from store.rollouts import RolloutStore
 from store.rotation import RotationStore
+from store.shadow_syncing import ShadowSyncStore
 from transport.publisher import Publisher
 from transport.retained import RetainedMessages
 from workflows import options
@@ -64,6 +66,7 @@ from workflows.reissue import ReissueCertificateWorkflow
 from workflows.rollout import RolloutWorkflow
 from workflows.rotation import CertificateRotationWorkflow
 from workflows.sandbox import runner
+from workflows.shadow_sync import ShadowSyncWorkflow
 from workflows.upkeep import CrlUpkeepWorkflow
 from workflows.wave import WaveWorkflow
 
@@ -118,6 +121,7 @@ class Lifecycle:
     rotation: RotationActivities
     decommission: DecommissionActivities
     fleet: FleetRotationActivities
+    shadow: ShadowActivities
 
     @classmethod
     def of(cls, db: Database, client: Client, publisher: Publisher, settings: Settings) -> "Lifecycle":
@@ -128,6 +132,7 @@ class Lifecycle:
             RotationActivities(certificates, publisher),
             DecommissionActivities(DecommissionStore(db), flows, publisher, RetainedMessages(settings)),
             FleetRotationActivities(certificates, flows),
+            ShadowActivities(ShadowSyncStore(db), publisher),
         )
 
     @property
@@ -143,6 +148,9 @@ class Lifecycle:
             rotation.settle_rotation,
             rotation.give_up_rotation,
             rotation.revert_rotation,
+            self.shadow.want_shadow,
+            self.shadow.check_shadow,
+            self.shadow.end_shadow,
             decommission.begin_decommission,
             decommission.stop_flows,
             decommission.ask_to_wipe,
@@ -163,6 +171,7 @@ LIFECYCLE_WORKFLOWS: list[type] = [
     CertificateRotationWorkflow,
     DecommissionWorkflow,
     FleetRotationWorkflow,
+    ShadowSyncWorkflow,
 ]
 
 

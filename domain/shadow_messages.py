@@ -51,6 +51,11 @@ def delta_message(device_id: str, name: str, document: Document, now: float) -> 
     return None if body is None else (shadow_topic(device_id, name, "update", "delta"), signed_off(body, now, None))
 
 
+def delete_message(device_id: str, name: str, before: Document, now: float) -> Message:
+    """What is published when a shadow was deleted by somebody else than its device."""
+    return shadow_topic(device_id, name, "delete", "accepted"), signed_off({"version": before.version}, now, None)
+
+
 def accepted_body(patch: Mapping[str, Any], version: int, now: float) -> dict[str, Any]:
     """The answer to an update: the sections that were sent, with metadata of the leaves that they set."""
     metadata = {name: metadata_of(part, int(now)) for name, part in patch.items() if part is not None}

@@ -404,6 +404,7 @@ def _read(inbounds: Sequence[Inbound]) -> Read:
     verbs: collections.Counter[str] = collections.Counter()
     read = Read()
     for inbound in inbounds:
+        verbs[inbound.topic.verb.value if inbound.topic else "unknown"] += 1
         if inbound.throttled:
             bad = BadRequest(ErrorCode.REQUEST_THROTTLED, TOO_MANY, token_of(inbound.payload), 429)
             read.throttled.append((inbound, bad))
@@ -413,7 +414,6 @@ def _read(inbounds: Sequence[Inbound]) -> Read:
             if inbound.topic is None
             else parse_request(inbound.topic, inbound.payload)
         )
-        verbs[inbound.topic.verb.value if inbound.topic else "unknown"] += 1
         if isinstance(parsed, Request):
             read.add(dataclasses.replace(parsed, duplicate=True) if inbound.duplicate else parsed)
         else:

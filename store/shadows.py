@@ -17,7 +17,7 @@ import orjson
 from psycopg import AsyncConnection
 
 from domain.shadow import KEPT_HOURS, RECENT_UPDATES, Document, ShadowRefusedError
-from domain.standing import why_not_configure
+from domain.standing import why_not_want
 from models.errors import ConflictError, InvalidInputError, NotFoundError
 from models.identity import DeviceHappening
 from models.protocol import CONFIG_SHADOW
@@ -223,7 +223,7 @@ async def set_desired(
     a shadow that is the server's own).
     """
     _check_name(device_id, name)
-    refuse(why_not_configure(await standing(connection, device_id, lock=True)))
+    refuse(why_not_want(await standing(connection, device_id, lock=True)))
     shadow, now = await _at_hand(connection, device_id, name)
     before, whole = shadow.document, {"desired": patch}
     try:
