@@ -8,6 +8,7 @@ also ends what may be left of the former session.
 import argparse
 import asyncio
 import contextlib
+import gc
 import signal
 import sys
 
@@ -80,6 +81,16 @@ async def open_patiently(connection: Connection, settings: Settings, gateway: Ga
                 await asyncio.wait_for(stop.wait(), STANDBY_POLL_SECONDS)
 
 
+def collect_rarely() -> None:
+    """Look for cycles seldom: messages make thousands of objects that wait for their batch and are in none.
+
+    Python looks after every 700 new objects, which is every 140 messages, and took a quarter of the time of receiving.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 10, 10)
+
+
 async def serve(settings: Settings) -> None:
     """Run until SIGTERM or SIGINT."""
     if not settings.database_url or not settings.artifact_url or not settings.order_key:
@@ -102,6 +113,7 @@ async def serve(settings: Settings) -> None:
         connection = Connection(CLIENT_ID, keep_session=True)
         gateway = Gateway(db, connection, documents, settings)
         await open_patiently(connection, settings, gateway, stop)
+        collect_rarely()
         metrics.mark_ready("gateway")
         log.info("ready", metrics_port=port, broker=settings.mqtt_url)
         try:

@@ -60,7 +60,8 @@ def _update(request: Request, ledger: Ledger, documents: Documents, now: float) 
     topic, report = request.topic, request.report
     assert report is not None and topic.job_id is not None
     execution = ledger.find(topic.job_id, topic.thing)
-    refusal = ledger.report(execution, report, now)
+    applied = request.duplicate and ledger.has_applied(execution, report)
+    refusal = None if applied else ledger.report(execution, report, now)
     if refusal is not None:
         return [_rejection(topic, request.token, refusal, now, execution)]
     assert execution is not None
