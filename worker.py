@@ -39,6 +39,7 @@ from activities.provisioning import IssuingActivities, ProvisioningActivities
 from activities.relay import OutboxRelay
 from activities.rollouts import RolloutActivities
 from activities.rotation import RotationActivities
+from activities.shadow import ShadowActivities
 from activities.signing import CertificateSigner
 from models.errors import InvalidInputError, TidegateError, UnavailableError
 from models.lifecycle import RotateFleetInput
@@ -52,6 +53,7 @@ from store.engine import Database
 from store.provisioning import ProvisioningStore
 from store.rollouts import RolloutStore
 from store.rotation import RotationStore
+from store.shadow_syncing import ShadowSyncStore
 from transport.publisher import Publisher
 from transport.retained import RetainedMessages
 from workflows import options
@@ -67,6 +69,7 @@ from workflows.retention import RetentionWorkflow
 from workflows.rollout import RolloutWorkflow
 from workflows.rotation import CertificateRotationWorkflow
 from workflows.sandbox import runner
+from workflows.shadow_sync import ShadowSyncWorkflow
 from workflows.upkeep import CrlUpkeepWorkflow
 from workflows.wave import WaveWorkflow
 
@@ -121,6 +124,7 @@ class Lifecycle:
     rotation: RotationActivities
     decommission: DecommissionActivities
     fleet: FleetRotationActivities
+    shadow: ShadowActivities
 
     @classmethod
     def of(cls, db: Database, client: Client, publisher: Publisher, settings: Settings) -> "Lifecycle":
@@ -131,6 +135,7 @@ class Lifecycle:
             RotationActivities(certificates, publisher),
             DecommissionActivities(DecommissionStore(db), flows, publisher, RetainedMessages(settings)),
             FleetRotationActivities(certificates, flows),
+            ShadowActivities(ShadowSyncStore(db), publisher),
         )
 
     @property
@@ -146,6 +151,9 @@ class Lifecycle:
             rotation.settle_rotation,
             rotation.give_up_rotation,
             rotation.revert_rotation,
+            self.shadow.want_shadow,
+            self.shadow.check_shadow,
+            self.shadow.end_shadow,
             decommission.begin_decommission,
             decommission.stop_flows,
             decommission.ask_to_wipe,
@@ -166,6 +174,7 @@ LIFECYCLE_WORKFLOWS: list[type] = [
     CertificateRotationWorkflow,
     DecommissionWorkflow,
     FleetRotationWorkflow,
+    ShadowSyncWorkflow,
 ]
 HEALTH_WORKFLOWS: list[type] = [OfflineSweepWorkflow, RetentionWorkflow]
 

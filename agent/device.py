@@ -27,6 +27,7 @@ from agent.configuration import ConfigurationStore, Configurator
 from agent.download import Downloader, DownloadPolicy
 from agent.errors import RejectedError, UnansweredError
 from agent.image import Behaviour, behaviour_of, version_in
+from agent.shadow import ShadowKeeper
 from agent.slots import Slots
 from agent.storage import Storage
 from agent.updater import Identity, Leg, Updater
@@ -153,6 +154,7 @@ class Device:
                     self._beat(client, boot),
                     self._announce(client),
                     self._configurator(client).run(),
+                    ShadowKeeper(client, self._config.timing.poll_seconds, self._config.timing.retry_seconds).run(),
                 )
                 helpers = [tasks.create_task(part) for part in parts]
                 if passports is not None:

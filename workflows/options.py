@@ -83,6 +83,12 @@ FIRST_WIPE_REMINDER = timedelta(seconds=10)
 RAREST_WIPE_REMINDER = timedelta(minutes=2)
 """A decommissioning waits for minutes, not for days."""
 
+FIRST_SHADOW_REMINDER = timedelta(seconds=5)
+"""Somebody waits, and what was lost on the way is sent again at once; then ever more rarely."""
+
+SHADOW_REST = timedelta(seconds=1)
+"""Between two looks at a device that reports something else all the time."""
+
 # --- timeouts --------------------------------------------------------------------------------------------------------
 
 SHORT_TIMEOUT = timedelta(seconds=30)
