@@ -116,14 +116,16 @@ def masked(value: Any, depth: int = 0) -> Any:
 class LinuxSurroundings:
     """Figures of the machine that the agent runs on. What the machine does not tell is null."""
 
-    def __init__(self, folder: Path, uptime: Callable[[], float], connection_errors: Callable[[], int]) -> None:
+    def __init__(
+        self, folder: Callable[[], Path], uptime: Callable[[], float], connection_errors: Callable[[], int]
+    ) -> None:
         self._folder = folder
         self._uptime = uptime
         self._connection_errors = connection_errors
 
     def system_info(self) -> dict[str, Any]:
         """See Surroundings."""
-        memory, disk = _meminfo(), shutil.disk_usage(self._folder)
+        memory, disk = _meminfo(), shutil.disk_usage(self._folder())
         return {
             "uptime": int(self._uptime()),
             "freeMemory": memory.get("MemAvailable"),
