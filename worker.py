@@ -323,7 +323,7 @@ async def serve(settings: Settings) -> None:
             issuing = IssuingActivities(ProvisioningStore(db), signer)
         running = workers(
             client,
-            RolloutActivities(store, publisher),
+            RolloutActivities(store, publisher, TemporalFlows(client)),
             ArtifactActivities(ArtifactStore.of(settings), DeltaStore(db), store),
             AuthorityWatch(db),
             ProvisioningActivities(ProvisioningStore(db), EnrolmentHook(settings.enrolment_hook_url)),

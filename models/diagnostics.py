@@ -18,6 +18,8 @@ ANSWER_LIMIT = timedelta(seconds=30)
 """The requirement's: a device that is there answers within a second or two."""
 BOOT_LIMIT = timedelta(minutes=10)
 """How long a device may take to come back from a reboot, its first heartbeat included."""
+AUTOMATIC_TYPES = (DiagnosticType.SYSTEM_INFO, DiagnosticType.LOG_TAIL)
+"""What a device is asked after its update has failed."""
 MAX_LINES = 1000
 MAX_DELAY_SECONDS = 3600
 

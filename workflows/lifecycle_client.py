@@ -119,6 +119,7 @@ async def start_diagnosis(client: Client, asked: AskDeviceInput) -> WorkflowHand
         id_conflict_policy=WorkflowIDConflictPolicy.FAIL,
         search_attributes=_attributes(options.KIND_DIAGNOSTIC, asked.device_id),
         static_summary=f"{asked.type} of {asked.device_id}, {_asked_by(asked.actor, asked.reason)}"[:200],
+        rpc_timeout=options.START_TIMEOUT,
     )
 
 

@@ -67,7 +67,7 @@ def test_the_commands_are_those_of_the_documentation() -> None:
         "claim create", "claim list", "claim show", "claim disable", "claim allow",
         "enrolment list", "enrolment show", "enrolment approve", "enrolment reject", "enrolment resolve",
         "broker list", "broker setup",
-        "device lookup", "audit", "alert list", "alert acknowledge", "alert resolve",
+        "device lookup", "diagnose", "audit", "alert list", "alert acknowledge", "alert resolve",
         "release keygen", "release publish", "release list", "release show",
         "rollout start", "rollout watch", "rollout show", "rollout list", "rollout pause", "rollout resume",
         "rollout approve", "rollout promote", "rollout abort", "rollout adjust", "rollout device", "rollout devices",
