@@ -169,7 +169,7 @@ def facts(pairs: Iterable[tuple[str, object]]) -> Table:
     made.add_column(overflow="fold")
     for name, value in pairs:
         if value is not None and value != "":
-            made.add_row(name, value if isinstance(value, Text) else Text(printable(_cell(value))))
+            made.add_row(Text(printable(name)), value if isinstance(value, Text) else Text(printable(_cell(value))))
     return made
 
 

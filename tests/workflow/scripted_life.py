@@ -54,6 +54,7 @@ from models.lifecycle import (
 OLD = CertificatesSeen(old=("old",))
 SETTLED = EndedRotation(kept="new", confirmed=True, issued=True, revoked=("old",))
 GIVEN_UP = EndedRotation(kept="old", reason="it did not come")
+SILENT = EndedQuestion(state=DiagnosticState.TIMED_OUT, text="no answer in time")
 REVERTED = EndedRotation(kept="old", issued=True, revoked=("new",), reason="it was not seen")
 
 
@@ -78,7 +79,7 @@ class ScriptedLife:
     wiped: bool = False
     behind: tuple[str, ...] = ()
     retained_error: str = ""
-    question: EndedQuestion = EndedQuestion(state=DiagnosticState.TIMED_OUT, text="no answer in time")
+    question: EndedQuestion = SILENT
     asked_before: DiagnosticState = DiagnosticState.REQUESTED
     boots: deque[float | None] = field(default_factory=lambda: deque([None]))
     """Seconds after which the device is found to have booted, one for each look; the last one stays."""
