@@ -70,6 +70,8 @@ async def diagnose(
     if what is None:
         return await _show_past(session, device_id, limit)
     asked = _question(device_id, what, lines, delay, wait, reason)
+    async with session.database() as db:
+        await DiagnosticStore(db).of_device(device_id, 1)  # is there such a device?
     handle = await start_diagnosis(await session.temporal(), asked)
     session.say_process(handle.id)
     patience = asked.limit.total_seconds() + WORKER_SECONDS

@@ -19,6 +19,7 @@ from models.diagnostics import AskOutcome, DiagnosticState
 from models.protocol import DiagnosticType, diagnostics_topic
 from store.diagnostics import DiagnosticStore
 from store.engine import Database
+from tests.cli_runner import Ran, run
 from tests.conftest import Broker, mosquitto_binary
 from tests.integration.diagnostic_setup import Ward, running_broker, ward
 from tests.integration.life_setup import alerts, audit_of, rows, waits
@@ -218,3 +219,31 @@ async def test_the_agent_survives_questions_that_are_none(place: Ward) -> None:
             await client.publish(diagnostics_topic("motor-1", "request"), payload, qos=1)
     result, _ = await place.ask("motor-1", PING)
     assert result.outcome is AskOutcome.ANSWERED
+
+
+async def test_the_command_line_asks_shows_and_waits_for_a_reboot(place: Ward) -> None:
+    await place.device("motor-1")
+    environment = {
+        "TIDEGATE_DATABASE_URL": place.db.url,
+        "TIDEGATE_TEMPORAL_ADDRESS": place.temporal.service_client.config.target_host,
+        "TIDEGATE_ACTOR": "anna",
+    }
+
+    async def command(*words: str) -> Ran:
+        return await asyncio.to_thread(run, "diagnose", *words, **environment)
+
+    shown = await command("motor-1", "system-info")
+    assert shown.status == 0 and "uptime" in shown.out and "free (" in shown.out and "used (" in shown.out
+    shown = await command("motor-1", "log-tail", "--lines", "5")
+    assert shown.status == 0 and "asked for 'system-info': answered" in shown.out
+    shown = await command("motor-1", "ping", "--json")
+    assert (shown.json["outcome"], shown.json["requested_by"]) == ("answered", "anna")
+    await until(place, "SELECT count(*) AS n FROM presence WHERE boot_id IS NOT NULL")
+    shown = await command("motor-1", "reboot", "--delay", "0s", "--wait", "--reason", "it hangs")
+    assert shown.status == 0 and "motor-1 has rebooted" in shown.out, shown
+    shown = await command("motor-1", "reboot", "--delay", "1m", "--json")
+    assert shown.json["answer"] == {"scheduled": True, "delaySeconds": 60}
+    shown = await command("motor-1")
+    assert all(each.value in shown.out for each in DiagnosticType if each is not CONFIG)
+    refused = await command("ghost", "ping")
+    assert refused.status == 2 and "no device with the id 'ghost'" in refused.err
