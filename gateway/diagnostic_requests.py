@@ -23,6 +23,8 @@ class DiagnosticResponse:
     request_id: str
     answer: dict[str, Any] | None = None
     error: str | None = None
+    refused_order: bool = False
+    """The device says that an order to reboot did not hold, whoever has sent it: `wrongTokens`."""
 
 
 def parse_diagnostic(body: dict[str, Any]) -> DiagnosticResponse:
@@ -33,7 +35,9 @@ def parse_diagnostic(body: dict[str, Any]) -> DiagnosticResponse:
     if error is not None:
         if not isinstance(error, str) or not 0 < len(error) <= MAX_ERROR_CHARS:
             raise ValueError(f"error: expected text of at most {MAX_ERROR_CHARS} characters")
-        return DiagnosticResponse(request_id, error=error)
+        wrong = body.get("wrongTokens")
+        refused = isinstance(wrong, int) and not isinstance(wrong, bool) and wrong > 0
+        return DiagnosticResponse(request_id, error=error, refused_order=refused)
     answer = {key: value for key, value in body.items() if key not in ("requestId", "clientToken", "error")}
     if not answer:
         raise ValueError("expected the fields of an answer, or error; got neither")

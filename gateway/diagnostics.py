@@ -37,7 +37,7 @@ log = structlog.get_logger("gateway")
 async def take_diagnostics(connection: AsyncConnection, requests: Sequence[Request]) -> None:
     """Keep the answers, and tell the workflows that wait for them. Answers to no open question are counted, no more."""
     answers = [
-        DiagnosticAnswer(request.topic.thing, said.request_id, said.answer, said.error)
+        DiagnosticAnswer(request.topic.thing, said.request_id, said.answer, said.error, said.refused_order)
         for request in requests
         if (said := request.diagnostic) is not None
     ]

@@ -43,6 +43,16 @@ REBOOT_CHANNEL = "tidegate_reboots"
 REBOOT_RULE = "reboot-refused"
 """Alert: a device was given an order to reboot that did not hold."""
 
+STRANGE_REFUSALS = 5
+"""Refusals that nobody ordered and that are audited, of one device in 15 minutes: an honest one locks after as many."""
+
+_BELIEVED = """
+SELECT EXISTS (SELECT FROM devices WHERE device_id = %(device)s) AND count(*) < %(most)s FROM (
+    SELECT FROM audit_events WHERE subject_kind = 'device' AND subject = %(device)s
+    AND action = 'device.reboot-refused' AND at > now() - interval '15 minutes' LIMIT %(most)s
+) AS lately
+"""
+
 _OPEN = """
 INSERT INTO diagnostics (request_id, device_id, type, parameters, state, requested_by, job_no, execution_number, expires_at)
 VALUES (%(request_id)s, %(device_id)s, %(type)s, %(parameters)s, 'requested', %(actor)s, %(job_no)s,
@@ -108,6 +118,8 @@ class DiagnosticAnswer:
     request_id: str
     answer: Mapping[str, Any] | None = None
     error: str | None = None
+    refused_order: bool = False
+    """It refused an order to reboot, whether anybody of ours has sent one or not."""
 
 
 async def open_question(connection: AsyncConnection, asked: AskDeviceInput) -> OpenedQuestion:
@@ -146,7 +158,11 @@ async def open_question(connection: AsyncConnection, asked: AskDeviceInput) -> O
 
 
 async def answer_questions(connection: AsyncConnection, answers: Sequence[DiagnosticAnswer]) -> int:
-    """Record what devices answer; how many answers counted. Refused reboots are audited, and an alert is raised."""
+    """Record what devices answer; how many answers counted.
+
+    Refused reboots are audited, and an alert is raised: also those that nobody here has ordered, for then somebody else
+    has. Of these a device is believed a few in each lock's time, so that it cannot fill the audit.
+    """
     if not answers:
         return 0
     first = {(answer.request_id, answer.device_id): answer for answer in reversed(answers)}
@@ -164,7 +180,22 @@ async def answer_questions(connection: AsyncConnection, answers: Sequence[Diagno
     for request_id, device_id, what, error, _ in over:
         if what == DiagnosticType.REBOOT and error is not None:
             await _note_refused_reboot(connection, device_id, request_id, error)
+    strange = {
+        answer.device_id: answer
+        for answer in first.values()
+        if answer.refused_order and answer.request_id not in {row[0] for row in over}
+    }
+    for device_id, answer in strange.items():
+        if await _is_believed(connection, device_id):
+            await _note_refused_reboot(connection, device_id, answer.request_id, answer.error or "")
     return len(over)
+
+
+async def _is_believed(connection: AsyncConnection, device_id: str) -> bool:
+    """Whether a device may add to the audit once more."""
+    cursor = await connection.execute(_BELIEVED, {"device": device_id, "most": STRANGE_REFUSALS})
+    row = await cursor.fetchone()
+    return row is not None and bool(row[0])
 
 
 async def _note_refused_reboot(connection: AsyncConnection, device_id: str, request_id: str, error: str) -> None:

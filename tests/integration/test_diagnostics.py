@@ -111,6 +111,29 @@ async def test_an_order_that_does_not_hold_is_refused_audited_and_an_alert(
     assert await alerts(place.db) == {"reboot-refused": "motor-2"}
 
 
+async def test_guesses_that_somebody_sends_past_the_server_are_locked_out_audited_and_an_alert(place: Ward) -> None:
+    await place.device("motor-1")
+    async with aiomqtt.Client(place.broker.host, place.broker.port) as client:
+        await client.subscribe(diagnostics_topic("motor-1", "response"))
+        for number in range(40):
+            guess = {"requestId": f"{number:032x}", "type": "reboot", "delaySeconds": 0, "confirmationToken": "{}"}
+            await client.publish(diagnostics_topic("motor-1", "request"), orjson.dumps(guess), qos=1)
+            async with asyncio.timeout(10):
+                answer = orjson.loads((await anext(client.messages)).payload)  # type: ignore[arg-type]
+            assert answer["error"].startswith("Invalid confirmation token" if number < 5 else "locked after 5")
+    await until(place, "SELECT count(*) AS n FROM audit_events WHERE action = 'device.reboot-refused'", 5)
+    assert await alerts(place.db) == {"reboot-refused": "motor-1"}
+    result, _ = await place.ask("motor-1", REBOOT, delay_seconds=0)
+    assert (result.outcome, "locked after 5 wrong orders" in result.text) == (AskOutcome.FAILED, True)
+    for number in range(50, 70):  # a device that lies about it
+        await say(place, "motor-1", {"requestId": f"{number:032x}", "error": "x", "wrongTokens": 1})
+        await say(place, "ghost", {"requestId": f"{number:032x}", "error": "x", "wrongTokens": 1})
+    result, _ = await place.ask("motor-1", PING)
+    audited = await rows(place.db, "SELECT subject FROM audit_events WHERE action = 'device.reboot-refused'")
+    assert [row["subject"] for row in audited] == ["motor-1"] * 6, "five guesses, and the order that met the lock"
+    assert await rows(place.db, "SELECT FROM quarantine") == []
+
+
 async def test_a_device_that_is_away_times_out_and_the_text_says_since_when(place: Ward) -> None:
     result, view = await place.ask("motor-3", PING, limit=SHORT)
     assert (result.outcome, view.state) == (AskOutcome.TIMED_OUT, DiagnosticState.TIMED_OUT)
