@@ -32,6 +32,7 @@ from activities.authorities import AuthorityActivities, AuthorityWatch
 from activities.cache import CacheRelay
 from activities.configuration import ConfigurationActivities
 from activities.decommission import DecommissionActivities
+from activities.diagnostics import DiagnosticActivities
 from activities.enrolment_hook import EnrolmentHook
 from activities.fleet_rotation import FleetRotationActivities
 from activities.health import HealthActivities
@@ -49,6 +50,7 @@ from pki.signer import FileKeyStore, key_store
 from store.configuring import ConfiguringStore
 from store.decommission import DecommissionStore
 from store.deltas import DeltaStore
+from store.diagnostics import DiagnosticStore
 from store.engine import Database
 from store.provisioning import ProvisioningStore
 from store.rollouts import RolloutStore
@@ -60,6 +62,7 @@ from workflows import options
 from workflows.client import connect, ensure_schedules, register_search_attributes
 from workflows.configuration import ConfigurationWorkflow
 from workflows.decommission import DecommissionWorkflow
+from workflows.diagnostic import DiagnosticWorkflow
 from workflows.fleet_rotation import FleetRotationWorkflow
 from workflows.lifecycle_client import ROTATION_SCHEDULE, TemporalFlows, ensure_rotation_schedule
 from workflows.offline import OfflineSweepWorkflow
@@ -125,6 +128,7 @@ class Lifecycle:
     decommission: DecommissionActivities
     fleet: FleetRotationActivities
     shadow: ShadowActivities
+    diagnostics: DiagnosticActivities
 
     @classmethod
     def of(cls, db: Database, client: Client, publisher: Publisher, settings: Settings) -> "Lifecycle":
@@ -136,12 +140,14 @@ class Lifecycle:
             DecommissionActivities(DecommissionStore(db), flows, publisher, RetainedMessages(settings)),
             FleetRotationActivities(certificates, flows),
             ShadowActivities(ShadowSyncStore(db), publisher),
+            DiagnosticActivities(DiagnosticStore(db), publisher),
         )
 
     @property
     def short(self) -> list[Callable[..., Any]]:
         """Of one transaction, or a few seconds at most."""
         configuration, rotation, decommission = self.configuration, self.rotation, self.decommission
+        diagnostics = self.diagnostics
         return [
             configuration.want_configuration,
             configuration.hint_configuration,
@@ -161,6 +167,10 @@ class Lifecycle:
             decommission.clear_retained,
             decommission.alert_retained_left,
             decommission.end_decommission,
+            diagnostics.open_question,
+            diagnostics.publish_question,
+            diagnostics.end_question,
+            diagnostics.look_at_boot,
         ]
 
     @property
@@ -175,6 +185,7 @@ LIFECYCLE_WORKFLOWS: list[type] = [
     DecommissionWorkflow,
     FleetRotationWorkflow,
     ShadowSyncWorkflow,
+    DiagnosticWorkflow,
 ]
 HEALTH_WORKFLOWS: list[type] = [OfflineSweepWorkflow, RetentionWorkflow]
 
@@ -330,7 +341,7 @@ async def serve(settings: Settings) -> None:
             issuing = IssuingActivities(ProvisioningStore(db), signer)
         running = workers(
             client,
-            RolloutActivities(store, publisher),
+            RolloutActivities(store, publisher, TemporalFlows(client)),
             ArtifactActivities(ArtifactStore.of(settings), DeltaStore(db), store),
             AuthorityWatch(db),
             ProvisioningActivities(ProvisioningStore(db), EnrolmentHook(settings.enrolment_hook_url)),

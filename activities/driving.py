@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 
+from activities.examining import Examiner
 from activities.hinting import Hinter
 from activities.rollout_records import RolloutRecords
 from domain.verdicts import OVER, drive_verdict
@@ -49,6 +50,7 @@ class WaveDriver:
     """See the module.
 
     Attributes:
+        examiner: asks devices that failed how they are.
         beat: called about every BEAT_EVERY with what to show; raises when this driver is to stop.
     """
 
@@ -57,6 +59,7 @@ class WaveDriver:
     hinter: Hinter
     beat: Callable[[DriveHeartbeat], None]
     clock: Callable[[], float] = time.monotonic
+    examiner: Examiner | None = None
 
     async def drive(self) -> DriveWaveResult:
         """Drive until the verdict is not CONTINUE."""
@@ -72,6 +75,7 @@ class WaveDriver:
             if self._is_to_open(seen):
                 await self.records.open_wave(asked.job_no, asked.wave)
                 continue
+            await self._examine(seen)
             verdict = drive_verdict(asked, seen)
             if verdict.verdict is not Verdict.CONTINUE:
                 return await self._end(verdict, seen)
@@ -84,6 +88,11 @@ class WaveDriver:
                 beat_at = self.clock() + BEAT_EVERY.total_seconds()
             await self.records.wait_for_change(asked.job_no, _patience(seen, sent, quiet).total_seconds())
 
+    async def _examine(self, seen: JobProgress) -> None:
+        counts = seen.wave.counts
+        if self.examiner is not None:
+            await self.examiner.look(counts.failed + counts.rejected + counts.timed_out)
+
     def _is_to_open(self, seen: JobProgress) -> bool:
         """A wave is opened by its own driver, which saves a step between two waves; never while the job is paused."""
         return (
@@ -95,6 +104,8 @@ class WaveDriver:
 
     async def _end(self, verdict: WaveVerdict, seen: JobProgress) -> DriveWaveResult:
         asked, wave = self.asked, seen.wave
+        if self.examiner is not None:
+            await self.examiner.look()
         soak_first = asked.mode is DriveMode.ANSWERING and asked.soaks and verdict.verdict is Verdict.PROMOTE
         recorded = wave.verdict is verdict.verdict and wave.reason == verdict.reason
         stopped_by_others = seen.job_status in OVER and seen.tripped_wave is None

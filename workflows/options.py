@@ -88,6 +88,12 @@ FIRST_SHADOW_REMINDER = timedelta(seconds=5)
 
 SHADOW_REST = timedelta(seconds=1)
 """Between two looks at a device that reports something else all the time."""
+QUESTION_REPEATS = 2
+"""How often a diagnostic request is sent again within its time: devices know it by its id, and answer once."""
+
+BOOT_LOOK = timedelta(seconds=20)
+"""Between two looks at whether a device has booted, where no heartbeat tells: one that came in the moment of the wait's
+own beginning does not."""
 
 # --- timeouts --------------------------------------------------------------------------------------------------------
 
