@@ -12,14 +12,12 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from models.device import DeviceFilter
+from models.documents import document_problem
 from models.ids import JOB_NAME, parse_release_ref
 from models.protocol import JobOperation
 from models.quantities import Duration, Share
 from models.rollout import JobStatus, Outcome, Phase, PlannedWave, WaveProgress
 from models.spec import DeadlineSpec, GateSpec, WaveSpec
-
-MAX_DOCUMENT_BYTES = 24 * 1024
-"""Of what a specification adds to the job document; with the order the whole stays under AWS IoT's 32 KiB."""
 
 
 class _Frozen(BaseModel):
@@ -94,6 +92,14 @@ class FleetJobSpec(_Strict):
     def _zoned(cls, value: datetime | None) -> datetime | None:
         if value is not None and value.tzinfo is None:
             raise ValueError(f"expected a time with its zone, as in 2026-11-30T02:00:00Z, got {value.isoformat()}")
+        return value
+
+    @field_validator("document", "config")
+    @classmethod
+    def _deliverable(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
+        problem = None if value is None else document_problem(value)
+        if problem is not None:
+            raise ValueError(f"cannot be given to a device: {problem}")
         return value
 
     @model_validator(mode="after")
