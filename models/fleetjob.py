@@ -11,12 +11,11 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, computed_field
 
 from models.ids import fleet_job_workflow_id, scheduled_workflow_id
-from models.jobspec import MAX_DOCUMENT_BYTES, FleetJobSpec, Membership, RetrySpec
+from models.jobspec import FleetJobSpec, Membership, RetrySpec
 from models.protocol import JobOperation
 from models.rollout import DecidedWave, JobStatus, Outcome, Phase, PlannedWave, PlanRolloutResult, WaveProgress
 
 __all__ = [
-    "MAX_DOCUMENT_BYTES",
     "CancelFleetJobInput",
     "FailureView",
     "FleetJobProgress",

@@ -17,13 +17,11 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from models.device import DeviceFilter
+from models.documents import document_problem
 from models.ids import JOB_NAME, parse_release_ref
 from models.protocol import JobOperation
 from models.quantities import Duration, Share
 from models.spec import DeadlineSpec, GateSpec, WaveSpec
-
-MAX_DOCUMENT_BYTES = 24 * 1024
-"""Of what a specification adds to the job document; with the order the whole stays under AWS IoT's 32 KiB."""
 
 
 class _Strict(BaseModel):
@@ -96,6 +94,14 @@ class FleetJobSpec(_Strict):
             raise ValueError(f"expected a time with its zone, as in 2026-11-30T02:00:00Z, got {value.isoformat()}")
         return value
 
+    @field_validator("document", "config")
+    @classmethod
+    def _deliverable(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
+        problem = None if value is None else document_problem(value)
+        if problem is not None:
+            raise ValueError(f"cannot be given to a device: {problem}")
+        return value
+
     @model_validator(mode="after")
     def _fits_operation(self) -> "FleetJobSpec":
         firmware = self.operation is JobOperation.FIRMWARE_UPDATE
@@ -113,8 +119,6 @@ class FleetJobSpec(_Strict):
             raise ValueError(f"config: expected with operation config-sync alone, got it with {self.operation}")
         if self.document and self.operation is not JobOperation.CUSTOM:
             raise ValueError(f"document: expected with operation custom alone, got it with {self.operation}")
-        if taken := {"operation", "order"} & self.document.keys():
-            raise ValueError(f"document: {', '.join(sorted(taken))} is said by the engine itself, take another key")
         if self.diagnostics and self.operation is not JobOperation.DIAGNOSTIC:
             raise ValueError(f"diagnostics: expected with operation diagnostic alone, got it with {self.operation}")
         if self.membership is Membership.CONTINUOUS and self.retry_of is not None:
