@@ -33,6 +33,7 @@ from activities.cache import CacheRelay
 from activities.configuration import ConfigurationActivities
 from activities.decommission import DecommissionActivities
 from activities.enrolment_hook import EnrolmentHook
+from activities.fleet_jobs import FleetJobActivities
 from activities.fleet_rotation import FleetRotationActivities
 from activities.provisioning import IssuingActivities, ProvisioningActivities
 from activities.relay import OutboxRelay
@@ -48,6 +49,7 @@ from store.configuring import ConfiguringStore
 from store.decommission import DecommissionStore
 from store.deltas import DeltaStore
 from store.engine import Database
+from store.fleetjobs import FleetJobStore
 from store.provisioning import ProvisioningStore
 from store.rollouts import RolloutStore
 from store.rotation import RotationStore
@@ -57,6 +59,7 @@ from workflows import options
 from workflows.client import connect, ensure_schedules, register_search_attributes
 from workflows.configuration import ConfigurationWorkflow
 from workflows.decommission import DecommissionWorkflow
+from workflows.fleet_job import FleetJobWorkflow
 from workflows.fleet_rotation import FleetRotationWorkflow
 from workflows.lifecycle_client import ROTATION_SCHEDULE, TemporalFlows, ensure_rotation_schedule
 from workflows.provisioning import ProvisioningWorkflow
@@ -173,6 +176,7 @@ def workers(
     watch: AuthorityWatch,
     provisioning: ProvisioningActivities,
     lifecycle: Lifecycle,
+    jobs: FleetJobActivities,
     authorities: AuthorityActivities | None = None,
     issuing: IssuingActivities | None = None,
 ) -> list[Worker]:
@@ -187,6 +191,7 @@ def workers(
         workflows=[
             RolloutWorkflow,
             WaveWorkflow,
+            FleetJobWorkflow,
             ProvisioningWorkflow,
             ReissueCertificateWorkflow,
             CrlUpkeepWorkflow,
@@ -194,6 +199,7 @@ def workers(
         ],
         activities=[
             rollouts.plan_rollout,
+            jobs.plan_fleet_job,
             rollouts.write_plain_document,
             rollouts.close_wave,
             rollouts.check_promotable,
@@ -215,7 +221,7 @@ def workers(
     dispatch = Worker(
         client,
         task_queue=options.DISPATCH_QUEUE,
-        activities=[rollouts.drive_wave, rollouts.finish_rollout, *lifecycle.lasting],
+        activities=[rollouts.drive_wave, rollouts.finish_rollout, rollouts.cancel_running, *lifecycle.lasting],
         max_concurrent_activities=DRIVERS,
         max_heartbeat_throttle_interval=BEAT_THROTTLE,
         **common,
@@ -317,6 +323,7 @@ async def serve(settings: Settings) -> None:
             AuthorityWatch(db),
             ProvisioningActivities(ProvisioningStore(db), EnrolmentHook(settings.enrolment_hook_url)),
             Lifecycle.of(db, client, publisher, settings),
+            FleetJobActivities(FleetJobStore(db)),
             authorities,
             issuing,
         )

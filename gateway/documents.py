@@ -161,6 +161,6 @@ def _own_payload(operation: JobOperation, execution: ExecutionRow, job: JobRow) 
         case JobOperation.CONFIG_SYNC:
             return {"configVersion": execution.wanted_config or 0}
         case JobOperation.DIAGNOSTIC:
-            return {"requests": [{"requestId": i, "type": question} for i, question in questions_of(job, execution)]}
+            return {"requests": [{"requestId": q.request_id, "type": q.type} for q in questions_of(job, execution)]}
         case _:
             return {}
