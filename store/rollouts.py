@@ -53,6 +53,11 @@ ORDER BY e.wave, e.rank
 """
 """Not those that another job still wants something of: telling them that nothing waits would be untrue."""
 
+_UNANSWERED = """
+UPDATE diagnostics SET state = 'timed-out', error = 'its attempt ended without an answer'
+WHERE job_no = %s AND state = 'requested'
+"""
+
 _CHUNK = 5000
 """Executions moved in one transaction where many move at once, so that the job's lock is held only briefly."""
 
@@ -313,6 +318,7 @@ class RolloutStore:
                 (outcome, reason, job_no),
             )
             await connection.execute("UPDATE waves SET status = 'closed' WHERE job_no = %s", (job_no,))
+            await connection.execute(_UNANSWERED, (job_no,))
             if closed.rowcount:
                 await append_event(connection, job_no, "finished", f"{outcome}: {reason}")
             return await _figures(connection, job_no)

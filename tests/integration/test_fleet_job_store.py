@@ -291,6 +291,17 @@ async def test_a_device_that_begins_a_diagnostic_job_is_asked_and_each_attempt_h
     assert found == [(what, n, "requested", "alice", 32) for n in (1, 2) for what in ("log-tail", "system-info")]
 
 
+async def test_what_no_attempt_has_answered_is_over_with_its_job(db: Database) -> None:
+    await add_devices(db, 2)
+    plan = await plan_job(db, job("look", "diagnostic", diagnostics=["ping"]))
+    for thing in ("motor-1", "motor-2"):
+        assert await attempt(db, thing, "_look", SUCCEEDED)
+    await execute(db, "UPDATE diagnostics SET state = 'answered' WHERE device_id = 'motor-1'")
+    await RolloutStore(db).finish(plan.job_no, Outcome.SUCCEEDED, "done")
+    found = await rows(db, "SELECT device_id, state, error FROM diagnostics ORDER BY 1")
+    assert found == [("motor-1", "answered", None), ("motor-2", "timed-out", "its attempt ended without an answer")]
+
+
 async def test_a_restart_is_believed_when_it_comes_from_another_boot(db: Database) -> None:
     await add_devices(db, 2)
     await execute(
