@@ -85,6 +85,8 @@ class Hinter:
         self._paced = _Window(PACE_WINDOW)
         self._exposed: int | None = None
         self._passes: dict[int, _Pass] = {}
+        self._retries: dict[int, tuple[float, str]] = {}
+        """The last next attempt, by wave, that its device was told of when it became due."""
         self._stragglers_at = clock() + STRAGGLERS_EVERY.total_seconds()
 
     async def tick(self, seen: JobProgress, job_no: int) -> int:
@@ -110,19 +112,45 @@ class Hinter:
         """Hints for one wave."""
         wave = seen.wave
         round_ = self._passes.setdefault(wave.wave, _Pass(exposed=seen.exposed))
-        if wave.status is not WaveStatus.OPEN or (round_.resting and now < round_.rests_until):
+        if wave.status is not WaveStatus.OPEN:
             return 0
-        wanted = hints_to_send(
+        told = await self._serve_retries(seen, job_no, now) if wave.counts.retrying else 0
+        if round_.resting and now < round_.rests_until:
+            return told
+        return told + await self._serve_fresh(seen, job_no, now, round_)
+
+    def _wanted(self, seen: JobProgress, now: float) -> int:
+        return hints_to_send(
             HintNeeds(
                 cap=seen.in_flight_cap,
                 in_flight=seen.in_flight,
                 hinted=self._hinted.sum(now),
                 admitted=self._admitted.sum(now),
-                queued=wave.counts.queued,
+                queued=seen.wave.counts.queued,
                 per_minute=seen.per_minute,
                 admitted_in_window=self._paced.sum(now),
             )
         )
+
+    def wake(self, wave: int) -> None:
+        """Devices have joined this wave: go on with the round that has ended, without a rest."""
+        if (round_ := self._passes.get(wave)) is not None:
+            round_.resting = False
+
+    async def _serve_retries(self, seen: JobProgress, job_no: int, now: float) -> int:
+        """Tell devices whose next attempt has just become due. One that is not heard is told again in a later round."""
+        wave, wanted = seen.wave.wave, self._wanted(seen, now)
+        if not wanted:
+            return 0
+        due = await self._records.take_due_retries(job_no, wave, self._retries.get(wave, (0.0, "")), wanted)
+        if due:
+            self._retries[wave] = due[-1]
+            await self._tell([device for _, device in due], seen)
+            self._hinted.add(now, len(due))
+        return len(due)
+
+    async def _serve_fresh(self, seen: JobProgress, job_no: int, now: float, round_: _Pass) -> int:
+        wave, wanted = seen.wave, self._wanted(seen, now)
         if not wanted:
             return 0
         if round_.resting:

@@ -154,6 +154,13 @@ looked at eight times in theirs."""
 CATCH_UP = timedelta(minutes=5)
 """A round that was missed is not made up for: the next one does the same. Temporal's default is a year."""
 
+JOB_CATCH_UP = timedelta(minutes=10)
+"""A job that was missed while Temporal was away is made up for within this; later it would come at a time that nobody
+has chosen."""
+
+AT_ONCE = timedelta(0)
+"""A time that is not later than this ahead has come."""
+
 # --- what a person sees ------------------------------------------------------------------------------------------------
 
 KIND_ROLLOUT = "rollout"
@@ -165,6 +172,8 @@ KIND_ROTATION = "rotation"
 KIND_DECOMMISSION = "decommission"
 KIND_UPKEEP = "upkeep"
 KIND_JOB = "job"
+JOB_SCHEDULE = "job-schedule"
+"""Kind of a schedule of jobs."""
 KIND_SHADOW = "shadow"
 KIND_DIAGNOSTIC = "diagnostic"
 KIND_NOTIFICATION = "notification"
