@@ -32,6 +32,7 @@ from activities.authorities import AuthorityActivities, AuthorityWatch
 from activities.cache import CacheRelay
 from activities.configuration import ConfigurationActivities
 from activities.decommission import DecommissionActivities
+from activities.diagnostics import DiagnosticActivities
 from activities.enrolment_hook import EnrolmentHook
 from activities.fleet_rotation import FleetRotationActivities
 from activities.provisioning import IssuingActivities, ProvisioningActivities
@@ -47,6 +48,7 @@ from pki.signer import FileKeyStore, key_store
 from store.configuring import ConfiguringStore
 from store.decommission import DecommissionStore
 from store.deltas import DeltaStore
+from store.diagnostics import DiagnosticStore
 from store.engine import Database
 from store.provisioning import ProvisioningStore
 from store.rollouts import RolloutStore
@@ -57,6 +59,7 @@ from workflows import options
 from workflows.client import connect, ensure_schedules, register_search_attributes
 from workflows.configuration import ConfigurationWorkflow
 from workflows.decommission import DecommissionWorkflow
+from workflows.diagnostic import DiagnosticWorkflow
 from workflows.fleet_rotation import FleetRotationWorkflow
 from workflows.lifecycle_client import ROTATION_SCHEDULE, TemporalFlows, ensure_rotation_schedule
 from workflows.provisioning import ProvisioningWorkflow
@@ -118,6 +121,7 @@ class Lifecycle:
     rotation: RotationActivities
     decommission: DecommissionActivities
     fleet: FleetRotationActivities
+    diagnostics: DiagnosticActivities
 
     @classmethod
     def of(cls, db: Database, client: Client, publisher: Publisher, settings: Settings) -> "Lifecycle":
@@ -128,12 +132,14 @@ class Lifecycle:
             RotationActivities(certificates, publisher),
             DecommissionActivities(DecommissionStore(db), flows, publisher, RetainedMessages(settings)),
             FleetRotationActivities(certificates, flows),
+            DiagnosticActivities(DiagnosticStore(db), publisher),
         )
 
     @property
     def short(self) -> list[Callable[..., Any]]:
         """Of one transaction, or a few seconds at most."""
         configuration, rotation, decommission = self.configuration, self.rotation, self.decommission
+        diagnostics = self.diagnostics
         return [
             configuration.want_configuration,
             configuration.hint_configuration,
@@ -150,6 +156,10 @@ class Lifecycle:
             decommission.clear_retained,
             decommission.alert_retained_left,
             decommission.end_decommission,
+            diagnostics.open_question,
+            diagnostics.publish_question,
+            diagnostics.end_question,
+            diagnostics.look_at_boot,
         ]
 
     @property
@@ -163,6 +173,7 @@ LIFECYCLE_WORKFLOWS: list[type] = [
     CertificateRotationWorkflow,
     DecommissionWorkflow,
     FleetRotationWorkflow,
+    DiagnosticWorkflow,
 ]
 
 

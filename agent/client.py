@@ -25,9 +25,19 @@ import orjson
 from agent.credentials import Credentials, Pair
 from agent.errors import CredentialError, RejectedError, UnansweredError
 from agent.jobs import Answer, Execution, Refusal, judge_rejection, parse_execution, update_request
+from agent.logbook import LogBook
 from agent.trust import Trust
 from models.errors import InvalidInputError
-from models.protocol import ExecutionState, Step, command_topic, config_topic, heartbeat_topic, jobs_topic
+from models.protocol import (
+    MAX_REQUEST_BYTES,
+    ExecutionState,
+    Step,
+    command_topic,
+    config_topic,
+    diagnostics_topic,
+    heartbeat_topic,
+    jobs_topic,
+)
 
 _SUBACK_FAILURE = 0x80
 
@@ -78,6 +88,8 @@ class Patience:
 
 MOST_COMMANDS = 8
 """Command messages that wait to be looked at; what is dropped comes again when it is asked for."""
+MOST_QUESTIONS = 8
+"""The same for diagnostic requests; whoever asks repeats."""
 
 
 class Passports:
@@ -129,7 +141,7 @@ class JobsClient:
 
     Events for whoever waits: `hint` (ask for a job), `config_hint` (ask for the configuration), `command_hint` (ask for
     a command); all three are set with every connection, for what was published meanwhile is lost. `commands` holds what
-    came on `commands/request`.
+    came on `commands/request`, `questions` what came on `diagnostics/request`. `log` notes what the session goes through.
     """
 
     def __init__(
@@ -139,12 +151,15 @@ class JobsClient:
         patience: Patience | None = None,
         rng: random.Random | None = None,
         passports: Passports | None = None,
+        log: LogBook | None = None,
     ):
         self.thing = thing
         self.hint = asyncio.Event()
         self.config_hint = asyncio.Event()
         self.command_hint = asyncio.Event()
         self.commands: asyncio.Queue[dict[str, Any]] = asyncio.Queue(MOST_COMMANDS)
+        self.questions: asyncio.Queue[dict[str, Any]] = asyncio.Queue(MOST_QUESTIONS)
+        self.log = log or LogBook()
         self.connected = asyncio.Event()
         self._passports = passports
         self._receiving: asyncio.Task[None] | None = None
@@ -170,9 +185,10 @@ class JobsClient:
                     self._came()
                     if await self._receive(client):
                         continue
-            except (aiomqtt.MqttError, OSError, UnansweredError, CredentialError):
+            except (aiomqtt.MqttError, OSError, UnansweredError, CredentialError) as error:
                 _heed_cancellation()
                 self.errors += 1
+                self.log.note(f"no connection: {error}")
                 if self._passports is not None:
                     self._passports.failed()
             finally:
@@ -190,6 +206,7 @@ class JobsClient:
     def _came(self) -> None:
         if self._passports is not None:
             self._passports.worked()
+        self.log.note(f"connected to {self._broker.host}:{self._broker.port}")
         self.connected.set()
         for hint in (self.hint, self.config_hint, self.command_hint):
             hint.set()  # whatever was published meanwhile is lost: ask
@@ -290,15 +307,18 @@ class JobsClient:
         filters += [config_topic(self.thing, verb, kind) for verb in ("get", "update") for kind in _ANSWERS]
         filters += [config_topic(self.thing, "update", "delta")]
         filters += [command_topic(self.thing, part) for part in ("request", "notify")]
+        filters += [diagnostics_topic(self.thing, "request")]
         granted = await client.subscribe([(name, 0) for name in filters])
         refused = [name for name, code in zip(filters, granted, strict=True) if _code(code) >= _SUBACK_FAILURE]
         if refused:
             raise UnansweredError(f"the broker refused to subscribe {self.thing} to {', '.join(refused)}")
 
     def _take(self, message: aiomqtt.Message) -> None:
-        topic = str(message.topic)
+        topic, payload = str(message.topic), message.payload
+        if topic == diagnostics_topic(self.thing, "request") and len(payload or b"") > MAX_REQUEST_BYTES:
+            return
         try:
-            body = orjson.loads(message.payload if isinstance(message.payload, bytes) else b"")
+            body = orjson.loads(payload if isinstance(payload, bytes) else b"")
         except orjson.JSONDecodeError:
             return
         if topic.endswith("/notify-next"):
@@ -333,6 +353,10 @@ class JobsClient:
             if isinstance(body, dict):
                 with contextlib.suppress(asyncio.QueueFull):
                     self.commands.put_nowait(body)
+        elif topic == diagnostics_topic(self.thing, "request"):
+            if isinstance(body, dict):
+                with contextlib.suppress(asyncio.QueueFull):
+                    self.questions.put_nowait(body)
         else:
             return False
         return True
@@ -391,6 +415,8 @@ class MqttReports:
     async def _try(self, status: ExecutionState, details: Mapping[str, str]) -> Refusal | None:
         """One request; None when it was accepted."""
         body = update_request(status, details, self._version, self._execution.attempt)
+        said = ", ".join(f"{key} {value}" for key, value in details.items())
+        self._client.log.note(f"job {self._execution.job_id}: {status} {said}")
         try:
             await self._client.request(self._execution.job_id, "update", body=body)
         except UnansweredError:

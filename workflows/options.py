@@ -83,6 +83,13 @@ FIRST_WIPE_REMINDER = timedelta(seconds=10)
 RAREST_WIPE_REMINDER = timedelta(minutes=2)
 """A decommissioning waits for minutes, not for days."""
 
+QUESTION_REPEATS = 2
+"""How often a diagnostic request is sent again within its time: devices know it by its id, and answer once."""
+
+BOOT_LOOK = timedelta(seconds=20)
+"""Between two looks at whether a device has booted, where no heartbeat tells: one that came in the moment of the wait's
+own beginning does not."""
+
 # --- timeouts --------------------------------------------------------------------------------------------------------
 
 SHORT_TIMEOUT = timedelta(seconds=30)
