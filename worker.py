@@ -34,6 +34,7 @@ from activities.configuration import ConfigurationActivities
 from activities.decommission import DecommissionActivities
 from activities.diagnostics import DiagnosticActivities
 from activities.enrolment_hook import EnrolmentHook
+from activities.fleet_jobs import FleetJobActivities
 from activities.fleet_rotation import FleetRotationActivities
 from activities.provisioning import IssuingActivities, ProvisioningActivities
 from activities.relay import OutboxRelay
@@ -50,6 +51,7 @@ from store.decommission import DecommissionStore
 from store.deltas import DeltaStore
 from store.diagnostics import DiagnosticStore
 from store.engine import Database
+from store.fleetjobs import FleetJobStore
 from store.provisioning import ProvisioningStore
 from store.rollouts import RolloutStore
 from store.rotation import RotationStore
@@ -60,6 +62,7 @@ from workflows.client import connect, ensure_schedules, register_search_attribut
 from workflows.configuration import ConfigurationWorkflow
 from workflows.decommission import DecommissionWorkflow
 from workflows.diagnostic import DiagnosticWorkflow
+from workflows.fleet_job import FleetJobWorkflow
 from workflows.fleet_rotation import FleetRotationWorkflow
 from workflows.lifecycle_client import ROTATION_SCHEDULE, TemporalFlows, ensure_rotation_schedule
 from workflows.provisioning import ProvisioningWorkflow
@@ -184,6 +187,7 @@ def workers(
     watch: AuthorityWatch,
     provisioning: ProvisioningActivities,
     lifecycle: Lifecycle,
+    jobs: FleetJobActivities,
     authorities: AuthorityActivities | None = None,
     issuing: IssuingActivities | None = None,
 ) -> list[Worker]:
@@ -198,6 +202,7 @@ def workers(
         workflows=[
             RolloutWorkflow,
             WaveWorkflow,
+            FleetJobWorkflow,
             ProvisioningWorkflow,
             ReissueCertificateWorkflow,
             CrlUpkeepWorkflow,
@@ -205,6 +210,7 @@ def workers(
         ],
         activities=[
             rollouts.plan_rollout,
+            jobs.plan_fleet_job,
             rollouts.write_plain_document,
             rollouts.close_wave,
             rollouts.check_promotable,
@@ -226,7 +232,7 @@ def workers(
     dispatch = Worker(
         client,
         task_queue=options.DISPATCH_QUEUE,
-        activities=[rollouts.drive_wave, rollouts.finish_rollout, *lifecycle.lasting],
+        activities=[rollouts.drive_wave, rollouts.finish_rollout, rollouts.cancel_running, *lifecycle.lasting],
         max_concurrent_activities=DRIVERS,
         max_heartbeat_throttle_interval=BEAT_THROTTLE,
         **common,
@@ -328,6 +334,7 @@ async def serve(settings: Settings) -> None:
             AuthorityWatch(db),
             ProvisioningActivities(ProvisioningStore(db), EnrolmentHook(settings.enrolment_hook_url)),
             Lifecycle.of(db, client, publisher, settings),
+            FleetJobActivities(FleetJobStore(db)),
             authorities,
             issuing,
         )

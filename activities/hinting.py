@@ -144,8 +144,9 @@ class Hinter:
             return 0
         due = await self._records.take_due_retries(job_no, wave, self._retries.get(wave, (0.0, "")), wanted)
         if due:
-            self._retries[wave] = due[-1]
-            await self._tell([device for _, device in due], seen)
+            self._retries[wave] = due[-1][:2]
+            for attempt in sorted({attempt for *_, attempt in due}):
+                await self._tell([device for _, device, number in due if number == attempt], seen, attempt)
             self._hinted.add(now, len(due))
         return len(due)
 
@@ -163,11 +164,13 @@ class Hinter:
         self._hinted.add(now, len(devices))
         return len(devices)
 
-    async def _tell(self, devices: list[str], seen: JobProgress) -> None:
+    async def _tell(self, devices: list[str], seen: JobProgress, attempt: int = 1) -> None:
         now = int(self._wall())
         opened = int(seen.wave.opened_at.timestamp()) if seen.wave.opened_at else now
         try:
-            for topic, payload in offer_notices(devices, OfferedJob(seen.job_id, queued_at=opened), now):
+            for topic, payload in offer_notices(
+                devices, OfferedJob(seen.job_id, queued_at=opened, execution_number=attempt), now
+            ):
                 await self._publisher.publish(topic, payload)
         except (UnavailableError, OSError) as error:
             # They are told again in the next round; a rollout does not fail because the broker is away.

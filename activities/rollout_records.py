@@ -45,8 +45,8 @@ class RolloutRecords(Protocol):
 
     async def take_due_retries(
         self, job_no: int, wave: int, after: tuple[float, str], limit: int, /
-    ) -> Sequence[tuple[float, str]]:
-        """(when, device) of next attempts that have become due since `after`, in their order."""
+    ) -> Sequence[tuple[float, str, int]]:
+        """(when, device, its number) of next attempts that have become due since `after`, in their order."""
 
     async def rewind_hints(self, job_no: int, wave: int, /) -> None:
         """Begin the pass again."""

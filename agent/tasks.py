@@ -231,7 +231,7 @@ class Tasker:
         task = verified.task
         match verified.operation:
             case JobOperation.CONFIG_SYNC:
-                return {"configVersion": str(await self._abilities.sync_config())}
+                return {"configVersion": str(await self._sync_config(task))}
             case JobOperation.DIAGNOSTIC:
                 requests = task.payload.get("requests")
                 if not isinstance(requests, list) or not all(isinstance(request, dict) for request in requests):
@@ -241,6 +241,12 @@ class Tasker:
                 return {"answered": str(len(requests))}
         assert self._abilities.custom is not None
         return await self._abilities.custom(task)
+
+    async def _sync_config(self, task: Task) -> int:
+        runs, wanted = await self._abilities.sync_config(), task.payload.get("configVersion", 0)
+        if type(wanted) is not int or runs < wanted:
+            raise TaskError(FailureClass.INTERNAL, f"it runs configuration {runs}, expected {wanted!r:.40}")
+        return runs
 
     def _begin(self, verified: VerifiedTask, phase: TaskPhase) -> None:
         """Journal the attempt. Raises OSError."""

@@ -135,8 +135,6 @@ class ExecutionRow:
     """The boot that the device's heartbeats tell of now."""
     wanted_config: int | None = None
     """Of a config-sync: the version that is wanted of the device now."""
-    admitted: bool = False
-    """Began an attempt in this batch."""
     ended_attempt: "FailedAttempt | None" = None
     """The attempt that failed in this batch, where another one follows: what its device is answered."""
     changed: bool = False
@@ -165,6 +163,18 @@ class FailedAttempt:
 
 
 @dataclass(frozen=True, slots=True)
+class Question:
+    """What a diagnostic job asks of a device in one attempt."""
+
+    request_id: str
+    device_id: str
+    type: str
+    job_no: int
+    attempt: int
+    expires_at: float
+
+
+@dataclass(frozen=True, slots=True)
 class Report:
     """A device's `update` request."""
 
@@ -184,13 +194,15 @@ class Refusal:
 
 class Ledger:
     """Everything a batch may touch. Change executions through `admit`, `report`, `expire`, `withdraw`,
-    `cancel` and `remove` alone. `failures` are the attempts that failed in this batch."""
+    `cancel` and `remove` alone. `failures` are the attempts that failed in this batch,
+    `questions` what is asked of the devices that have begun one."""
 
     def __init__(self, jobs: list[JobRow], executions: list[ExecutionRow]) -> None:
         self.jobs = {job.job_no: job for job in jobs}
         self.by_job_id = {job.job_id: job for job in jobs}
         self.by_key = {(execution.job_no, execution.device_id): execution for execution in executions}
         self.failures: list[FailedAttempt] = []
+        self.questions: list[Question] = []
         self.open: dict[str, list[ExecutionRow]] = {}
         for execution in self.by_key.values():
             if execution.state not in TERMINAL_STATES:
@@ -246,7 +258,9 @@ class Ledger:
             job.admitted = {s: n for s, n in job.admitted.items() if s >= second - PACE_WINDOW_SECONDS}
             job.admitted[second] = job.admitted.get(second, 0) + 1
         job.exposed += 1
-        execution.started_at, execution.retry_at, execution.admitted = now, None, True
+        execution.started_at, execution.retry_at = now, None
+        if job.diagnostics:
+            self.questions += questions_of(job, execution)
         execution.boot_id = (details or {}).get("bootId") or execution.known_boot
         execution.deadline_at = now + job.phase_seconds[DeadlinePhase.DOWNLOAD.value]
         self._note(execution, details)
@@ -264,6 +278,8 @@ class Ledger:
         if report.expected_version not in (None, execution.version_number):
             message = f"expected version {report.expected_version}, the execution is at {execution.version_number}"
             return Refusal(ErrorCode.VERSION_MISMATCH, message)
+        if execution.retrying and report.status in (ExecutionState.FAILED, ExecutionState.SUCCEEDED):
+            return _other_attempt(execution, execution.execution_number - 1)
         if report.status not in DEVICE_MOVES.get(execution.state, frozenset()):
             message = f"{execution.state} to {report.status} is not a move a device can make"
             return Refusal(ErrorCode.INVALID_STATE_TRANSITION, message)
@@ -426,11 +442,19 @@ _FAILED_STATES = frozenset({ExecutionState.FAILED, ExecutionState.REJECTED, Exec
 _DEVICE_FAILURES = frozenset(failure.value for failure in FailureClass) - {FailureClass.SILENT.value}
 
 
-def questions_of(job: JobRow, execution: ExecutionRow) -> list[tuple[str, str]]:
-    """(request id, type) of what a diagnostic job asks of a device in this attempt: the same whenever it is asked."""
+def questions_of(job: JobRow, execution: ExecutionRow) -> list[Question]:
+    """What a diagnostic job asks of a device in the attempt that is on: the same ids whenever it is asked."""
     attempt = f"{job.job_id}/{execution.device_id}/{execution.execution_number}"
     return [
-        (hashlib.sha256(f"{attempt}/{question}".encode()).hexdigest()[:32], question) for question in job.diagnostics
+        Question(
+            request_id=hashlib.sha256(f"{attempt}/{what}".encode()).hexdigest()[:32],
+            device_id=execution.device_id,
+            type=what,
+            job_no=job.job_no,
+            attempt=execution.execution_number,
+            expires_at=(execution.started_at or 0) + sum(job.phase_seconds),
+        )
+        for what in job.diagnostics
     ]
 
 

@@ -69,7 +69,7 @@ def _update(request: Request, ledger: Ledger, documents: Documents, now: float) 
         body["executionState"] = _answered_state(execution)
     # Not of the next attempt, which has not begun: its order would be one that nobody has admitted.
     if request.want_document and execution.state is not ExecutionState.QUEUED and documents.has(execution.job_no):
-        body["jobDocument"] = documents.render(execution, topic.job_id, int(now))
+        body["jobDocument"] = documents.render(execution, ledger.jobs[execution.job_no], int(now))
     messages = [_accepted(request, body, now)]
     if execution.state in TERMINAL_STATES or execution.ended_attempt is not None:
         messages += notifications(topic.thing, ledger, now)
@@ -113,8 +113,7 @@ def describe(execution: ExecutionRow, ledger: Ledger, documents: Documents, now:
         "statusDetails": execution.details or {},
     }
     if execution.state is ExecutionState.IN_PROGRESS and documents.has(execution.job_no):
-        job_id = ledger.jobs[execution.job_no].job_id
-        described["jobDocument"] = documents.render(execution, job_id, int(now))
+        described["jobDocument"] = documents.render(execution, ledger.jobs[execution.job_no], int(now))
     return described
 
 

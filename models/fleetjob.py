@@ -12,11 +12,10 @@ from pydantic import BaseModel, ConfigDict, Field, computed_field
 
 from models.ids import fleet_job_workflow_id, scheduled_workflow_id
 from models.jobspec import FleetJobSpec, Membership, RetrySpec
-from models.protocol import MAX_DOCUMENT_BYTES, JobOperation
+from models.protocol import JobOperation
 from models.rollout import DecidedWave, JobStatus, Outcome, Phase, PlannedWave, PlanRolloutResult, WaveProgress
 
 __all__ = [
-    "MAX_DOCUMENT_BYTES",
     "CancelFleetJobInput",
     "FailureView",
     "FleetJobProgress",

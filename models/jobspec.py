@@ -102,6 +102,14 @@ class FleetJobSpec(_Strict):
             raise ValueError(f"cannot be given to a device: {problem}")
         return value
 
+    @field_validator("config")
+    @classmethod
+    def _configurable(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
+        problem = None if value is None else document_problem(value, reserved=())
+        if problem is not None:
+            raise ValueError(f"cannot be given to a device: {problem}")
+        return value
+
     @model_validator(mode="after")
     def _fits_operation(self) -> "FleetJobSpec":
         firmware = self.operation is JobOperation.FIRMWARE_UPDATE

@@ -12,13 +12,13 @@ the caps and the breaker are exact, and there is no deadlock. Loading is one net
 
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import orjson
 from psycopg import AsyncConnection
 
-from domain.admission import COUNTERS, ExecutionRow, FailedAttempt, JobRow, Ledger, WaveRow, questions_of
+from domain.admission import COUNTERS, ExecutionRow, FailedAttempt, JobRow, Ledger, WaveRow
 from domain.gate import Breaker
 from models.protocol import ExecutionState
 from models.rollout import JobStatus
@@ -260,8 +260,8 @@ async def save_in_pipeline(batch: Batch) -> None:
             await batch.connection.execute("SELECT pg_notify(%s, %s)", (CHANNEL, str(job.job_no)))
     if batch.ledger.failures:
         await batch.connection.execute(_SAVE_FAILURES, (_json([_failure(f) for f in batch.ledger.failures]),))
-    if questions := _questions(changed, batch.ledger):
-        await batch.connection.execute(_SAVE_QUESTIONS, (_json(questions),))
+    if batch.ledger.questions:
+        await batch.connection.execute(_SAVE_QUESTIONS, (_json([asdict(q) for q in batch.ledger.questions]),))
     if installed := _installed(changed, batch.ledger):
         await batch.connection.execute(_SAVE_INSTALLED, (_json(installed),))
 
@@ -272,23 +272,6 @@ def _installed(changed: list[ExecutionRow], ledger: Ledger) -> list[dict[str, st
         {"device_id": e.device_id, "version": job.target_version, "sha256": job.target_sha256}
         for e in changed
         if e.state is ExecutionState.SUCCEEDED and (job := ledger.jobs[e.job_no]).target_sha256
-    ]
-
-
-def _questions(changed: list[ExecutionRow], ledger: Ledger) -> list[dict[str, Any]]:
-    """What diagnostic jobs ask of the devices that have just begun."""
-    return [
-        {
-            "request_id": request_id,
-            "device_id": e.device_id,
-            "type": question,
-            "job_no": job.job_no,
-            "attempt": e.execution_number,
-            "expires_at": (e.started_at or 0) + sum(job.phase_seconds),
-        }
-        for e in changed
-        if e.admitted and (job := ledger.jobs[e.job_no]).diagnostics
-        for request_id, question in questions_of(job, e)
     ]
 
 

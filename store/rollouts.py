@@ -186,19 +186,19 @@ class RolloutStore:
 
     async def take_due_retries(
         self, job_no: int, wave: int, after: tuple[float, str], limit: int
-    ) -> list[tuple[float, str]]:
-        """(epoch seconds, device) of next attempts that have become due since `after`, in their order."""
+    ) -> list[tuple[float, str, int]]:
+        """(epoch seconds, device, its number) of next attempts that have become due since `after`, in their order."""
         async with self.db.pool.connection() as connection:
             rows = await (
                 await connection.execute(
-                    "SELECT extract(epoch FROM retry_at)::float8, device_id FROM executions "
+                    "SELECT extract(epoch FROM retry_at)::float8, device_id, execution_number FROM executions "
                     "WHERE job_no = %s AND wave = %s AND state = 'QUEUED' AND retry_at IS NOT NULL "
                     "AND (retry_at, device_id) > (to_timestamp(%s), %s) AND retry_at <= clock_timestamp() "
                     "ORDER BY retry_at, device_id LIMIT %s",
                     (job_no, wave, *after, limit),
                 )
             ).fetchall()
-        return [(row[0], row[1]) for row in rows]
+        return [(row[0], row[1], row[2]) for row in rows]
 
     async def join(self, job_no: int) -> int:
         """Take in devices that match a continuous job by now; how many. See store.jobplanning.join_fleet_job."""

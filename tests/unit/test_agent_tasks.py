@@ -262,9 +262,15 @@ async def test_a_device_without_custom_operations_rejects_them_as_incompatible()
 
 
 async def test_a_config_sync_reports_the_version_that_runs() -> None:
-    world = World().queue(Tasked("config-sync"))
+    world = World().queue(Tasked("config-sync", {"configVersion": 4}))
     await world.settle()
     assert world.reports == [("SUCCEEDED", {"configVersion": "4", "bootId": "boot-1"})] and world.done == ["config"]
+
+
+async def test_a_config_sync_that_gets_an_older_configuration_than_was_ordered_has_failed() -> None:
+    world = World().queue(Tasked("config-sync", {"configVersion": 5}))
+    await world.settle()
+    assert world.reports == [("FAILED", {"failure": "internal", "reason": "it runs configuration 4, expected 5"})]
 
 
 async def test_a_diagnostic_answers_every_request_before_it_succeeds() -> None:
@@ -364,7 +370,7 @@ TASK = Task(THING, JOB, 2, "custom", {"say": "$(touch evil)"}, 1, 2, "a" * 32)
 async def test_a_program_gets_the_signed_document_on_its_standard_input(tmp_path: Path) -> None:
     path = program(tmp_path, 'cat; echo " $TIDEGATE_JOB_ID $TIDEGATE_ATTEMPT"')
     assert await Program(path)(TASK) == {"output": '{"say":"$(touch evil)"} _restart-berlin 2'}
-    assert os.listdir(tmp_path) == ["program"]  # no shell has seen it
+    assert os.listdir(tmp_path) == ["program"]  # noqa: PTH208 - no shell has seen it
 
 
 async def test_a_program_that_ends_with_another_status_than_0_has_failed_in_its_own_words(tmp_path: Path) -> None:
