@@ -16,7 +16,7 @@ from typing import Any
 import psutil
 import pytest
 
-import cli.rollout
+import cli.steering
 from devstack.postgres import make_passable
 from tests.cli_runner import Ran, run
 
@@ -222,7 +222,7 @@ def test_two_rollouts_do_not_touch_the_same_devices(plant: Plant) -> None:
 def test_without_a_worker_a_rollout_is_still_shown_and_orders_say_that_nobody_takes_them(
     plant: Plant, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cli.rollout, "ANSWER_SECONDS", 1.0)
+    monkeypatch.setattr(cli.steering, "ANSWER_SECONDS", 1.0)
     assert plant.run("rollout", "start", plant.spec("orphan", "g", approval="start")).status == 0
     worker = plant.worker()
     worker.suspend()
