@@ -62,6 +62,7 @@ Reason = Annotated[str, typer.Option(metavar="TEXT", help="Why; kept with the jo
 Wait = Annotated[bool, typer.Option("--wait", help="Watch it until it ends; the exit status says how.")]
 Repeated = list[str] | None
 _REPEAT = "repeat for any of several."
+_QUESTIONS = ", ".join(kind for kind in DiagnosticType if kind is not DiagnosticType.REBOOT)
 
 
 @command(app, "start")
@@ -100,9 +101,7 @@ async def start(
     ] = None,
     ask: Annotated[
         Repeated,
-        typer.Option(
-            metavar="QUESTION", help=f"For diagnostic: one of {', '.join(DiagnosticType)}; repeat for several."
-        ),
+        typer.Option(metavar="QUESTION", help=f"For diagnostic: one of {_QUESTIONS}; repeat for several."),
     ] = None,
     continuous: Annotated[
         bool, typer.Option("--continuous", help="Devices that match later join, until it ends.")
