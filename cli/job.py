@@ -43,7 +43,7 @@ from models.fleetjob import (
 from models.ids import fleet_job_workflow_id
 from models.jobspec import FleetJobSpec, Membership
 from models.protocol import DiagnosticType, ExecutionState, JobOperation
-from models.rollout import JobStatus
+from models.rollout import JobStatus, Phase
 from models.views import ExecutionView
 from store.engine import Database
 from store.fleetjobs import FleetJobStore
@@ -251,7 +251,7 @@ async def cancel(
 ) -> None:
     """End a job: nothing more starts, what is only queued is withdrawn."""
     asked = CancelFleetJobInput(actor=whoami(), reason=reason, force=force)
-    await _steer(session, name, lambda handle: handle.execute_update(FleetJobWorkflow.cancel, asked))
+    await _steer(session, name, lambda handle: handle.execute_update(FleetJobWorkflow.cancel, asked), ends=True)
 
 
 @command(app, "explain")
@@ -394,10 +394,15 @@ async def _free_name(db: Database, name: str) -> str:
         number += 1
 
 
-async def _steer(session: Session, name: str, send: Callable[[JobHandle], Awaitable[FleetJobStatus]]) -> None:
-    """Send an operator's request to the workflow and show what it answers."""
+async def _steer(
+    session: Session, name: str, send: Callable[[JobHandle], Awaitable[FleetJobStatus]], *, ends: bool = False
+) -> None:
+    """Send an operator's request to the workflow and show what it answers; one that `ends` the job, as it is from now on."""
     handle = fleet_job_handle(await session.temporal(), name)
     status = await steer(f"job {name}", send(handle), lambda: _not_running(session, name))
+    if ends and status.outcome is None:
+        said = f"canceled by {whoami()}; 'job watch {name}' shows the rest of it"
+        status = status.model_copy(update={"phase": Phase.DRAINING, "reason": said})
     pairs = [("job", name), ("phase", status.phase), ("reason", status.reason)]
     session.out.result(status, facts(pairs))
 

@@ -67,8 +67,10 @@ def _last(execution: ExecutionView) -> str:
 
 def _not_asked(device: DeviceRecord, spec: FleetJobSpec, now: datetime) -> str:
     heard = f"last heard of {ago(device.last_heartbeat, now)}" if device.last_heartbeat else "never heard of"
-    pace = f", or is kept back by the pace ({spec.per_minute} per minute)" if spec.per_minute else ""
-    return f"it has not asked ({heard}), is busy with another job{pace}"
+    causes = [f"it has not asked yet ({heard})", "is busy with another job"]
+    if spec.per_minute:
+        causes.append(f"is kept back by the pace ({spec.per_minute} per minute)")
+    return f"{', '.join(causes[:-1])}, or {causes[-1]}"
 
 
 def why_not_in(device: DeviceRecord, job: FleetJobView, now: datetime) -> str:

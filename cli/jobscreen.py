@@ -167,7 +167,8 @@ def _waves(view: FleetJobView) -> Table:
 def _figures(seen: JobSnapshot) -> list[tuple[str, object]]:
     view, p, spec = seen.view, seen.view.progress, seen.spec
     action = MEANING.get(seen.phase)
-    retried = f"{p.attempts_failed} failed, {p.retrying} devices wait for their next one" if p.attempts_failed else ""
+    waits = f", {p.retrying} devices wait for their next one" if p.retrying else ""
+    retried = f"{p.attempts_failed} failed{waits}" if p.attempts_failed else ""
     pace = f"{spec.per_minute} per minute" if spec.per_minute else "no limit per minute"
     joins = ", more join until it ends" if view.continuous and view.outcome is None else ""
     starts = when(spec.start_at) if seen.phase is Phase.SCHEDULED else ""
@@ -203,7 +204,7 @@ def specification(spec: FleetJobSpec) -> list[tuple[str, object]]:
         ("deadlines", ", ".join(steps)),
         ("document", spec.document or ""),
         ("config", spec.config or ""),
-        ("questions", spec.diagnostics),
+        ("questions", ", ".join(spec.diagnostics)),
     ]
 
 

@@ -72,6 +72,5 @@ class JobWatch(Following[JobSnapshot, FleetJobResult]):
 
     def said(self, seen: JobSnapshot) -> str:
         """See Following."""
-        failed, name = seen.view.progress.failed, seen.view.name
-        retry = f"; {failed} devices have failed: 'job show {name}' says how, 'job retry {name}' tries them again"
-        return seen.reason + (retry if failed else "")
+        name, failed = seen.view.name, seen.view.progress.failed
+        return seen.reason + (f"; 'job show {name}' says how, 'job retry {name}' tries them again" if failed else "")
