@@ -25,6 +25,9 @@ from models.rollout import JobProgress, JobStatus, WaveStatus
 STRAGGLERS_EVERY = timedelta(seconds=30)
 """How often earlier waves are looked at."""
 
+RETRIES_EVERY = timedelta(seconds=1)
+"""The same while devices of an earlier wave wait for their next attempt."""
+
 HINTS = Counter("tidegate_hints", "Devices told that an update waits for them.")
 HINTS_LOST = Counter("tidegate_hints_lost", "Devices that could not be told, because the broker did not answer.")
 
@@ -87,7 +90,7 @@ class Hinter:
         self._passes: dict[int, _Pass] = {}
         self._retries: dict[int, tuple[float, str]] = {}
         """The last next attempt, by wave, that its device was told of when it became due."""
-        self._stragglers_at = clock() + STRAGGLERS_EVERY.total_seconds()
+        self._looked_back_at = clock()
 
     async def tick(self, seen: JobProgress, job_no: int) -> int:
         """Send the hints that are due now. Returns how many devices were told."""
@@ -96,8 +99,9 @@ class Hinter:
         if seen.job_status is not JobStatus.RUNNING:
             return 0
         sent = await self._serve(seen, job_no, now)
-        if now >= self._stragglers_at:
-            self._stragglers_at = now + STRAGGLERS_EVERY.total_seconds()
+        every = RETRIES_EVERY if seen.retrying > seen.wave.counts.retrying else STRAGGLERS_EVERY
+        if now >= self._looked_back_at + every.total_seconds():
+            self._looked_back_at = now
             for wave in range(1, seen.wave.wave):
                 sent += await self._serve(await self._records.progress(job_no, wave), job_no, now)
         return sent

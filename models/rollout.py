@@ -148,6 +148,8 @@ class JobProgress(_Frozen):
     job_id: str = ""
     outstanding: int = 0
     """Executions of the whole job that are not terminal."""
+    retrying: int = 0
+    """Of those: devices that have failed and wait for their next attempt."""
     in_flight: int = 0
     in_flight_cap: int = 1
     per_minute: int | None = None

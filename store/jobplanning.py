@@ -5,6 +5,7 @@ something of one device at one time, unless they install firmware; and a continu
 later. Both choose by set-based statements, under locks that make the choice hold.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import orjson
@@ -19,7 +20,7 @@ from models.fleetjob import PlanFleetJobInput
 from models.ids import fleet_job_id, parse_release_ref
 from models.jobspec import FleetJobSpec, Membership
 from models.protocol import DiagnosticType, JobOperation
-from models.rollout import JobStatus, PlanRolloutResult
+from models.rollout import PlanRolloutResult
 from store.configurations import check_config, want_of_many
 from store.engine import fetch_one
 from store.events import append_event
@@ -73,19 +74,17 @@ async def join_fleet_job(connection: AsyncConnection, job_no: int) -> int:
     They come last, in the last wave; QUEUED where it is open. A device whose firmware another job installs joins when
     that is over; one that has left the target and come back is part of it already.
     """
-    await hold_planning(connection)
-    row = await (
-        await connection.execute(
-            "SELECT spec, status, target_sha256, requested_by, continuous FROM jobs WHERE job_no = %s FOR UPDATE",
-            (job_no,),
-        )
-    ).fetchone()
-    if row is None:
-        raise NotFoundError(f"no job {job_no}")
-    spec = FleetJobSpec.model_validate(row[0])
-    if not row[4] or row[1] in (JobStatus.HALTED, JobStatus.FINISHED):
+    found = await _continuous_job(connection, job_no)
+    # Without the locks first: most looks find nobody, and need not hold anybody up while they read the registry.
+    if found is None or not await _anybody_new(connection, found, job_no):
         return 0
-    joined = await _insert_joining(connection, spec, job_no, row[2])
+    await hold_planning(connection)
+    await connection.execute("SELECT 1 FROM jobs WHERE job_no = %s FOR UPDATE", (job_no,))
+    found = await _continuous_job(connection, job_no)
+    if found is None:
+        return 0
+    spec = found.spec
+    joined = await _insert_joining(connection, found, job_no)
     if not joined:
         return 0
     wave, opened = joined[0][1], joined[0][2] == "QUEUED"
@@ -97,10 +96,30 @@ async def join_fleet_job(connection: AsyncConnection, job_no: int) -> int:
     )
     await connection.execute("UPDATE jobs SET devices = devices + %s WHERE job_no = %s", (len(joined), job_no))
     if opened and spec.config is not None:
-        await want_of_many(connection, devices, spec.config, row[3], f"job {spec.name}")
+        await want_of_many(connection, devices, spec.config, found.requested_by, f"job {spec.name}")
     first = ", ".join(devices[:3]) + (", ..." if len(devices) > 3 else "")
     await append_event(connection, job_no, "joined", f"{len(joined)} devices: {first}", wave)
     return len(joined)
+
+
+@dataclass(frozen=True)
+class _Continuous:
+    """A continuous job that is not over."""
+
+    spec: FleetJobSpec
+    sha256: str | None
+    requested_by: str
+
+
+async def _continuous_job(connection: AsyncConnection, job_no: int) -> _Continuous | None:
+    row = await (
+        await connection.execute(
+            "SELECT spec, target_sha256, requested_by FROM jobs WHERE job_no = %s AND continuous "
+            "AND status NOT IN ('halted','finished')",
+            (job_no,),
+        )
+    ).fetchone()
+    return None if row is None else _Continuous(FleetJobSpec.model_validate(row[0]), row[1], row[2])
 
 
 _RANK = "row_number() OVER (ORDER BY md5(%(job)s || '/' || d.device_id), d.device_id)"
@@ -291,18 +310,34 @@ async def _insert_executions(connection: AsyncConnection, spec: FleetJobSpec, jo
     await append_event(connection, job_no, "planned", f"{cut.upto} devices in {len(cut.bounds)} waves: {cut.names}")
 
 
-async def _insert_joining(
-    connection: AsyncConnection, spec: FleetJobSpec, job_no: int, sha256: str | None
-) -> list[tuple[str, int, str]]:
-    """(device, wave, state) of those that were added."""
-    chosen, parameters = _chosen_sql(spec, sha256, None)
-    if spec.release is not None:
-        product, version = parse_release_ref(spec.release)
-        chosen += (
-            " AND d.device_type = ANY(SELECT unnest(hardware) FROM releases "
-            "WHERE product = %(product)s AND version = %(version)s)"
-        )
+def _new_sql(job: _Continuous, job_no: int) -> tuple[str, dict[str, Any]]:
+    """The devices that match a continuous job, could do it now, and have never been part of it."""
+    chosen, parameters = _chosen_sql(job.spec, job.sha256, None)
+    clauses = [
+        chosen,
+        "NOT EXISTS (SELECT FROM executions x WHERE x.job_no = %(job_no)s AND x.device_id = d.device_id)",
+    ]
+    if job.spec.release is not None:
+        product, version = parse_release_ref(job.spec.release)
         parameters |= {"product": product, "version": version}
+        clauses += [
+            "d.device_type = ANY(SELECT unnest(hardware) FROM releases "
+            "WHERE product = %(product)s AND version = %(version)s)",
+            "NOT EXISTS (SELECT FROM executions x WHERE x.device_id = d.device_id AND x.exclusive "
+            "AND x.state IN ('PENDING','QUEUED','IN_PROGRESS'))",
+        ]
+    return " AND ".join(clauses), {**parameters, "job_no": job_no}
+
+
+async def _anybody_new(connection: AsyncConnection, job: _Continuous, job_no: int) -> bool:
+    chosen, parameters = _new_sql(job, job_no)
+    cursor = await connection.execute(f"SELECT 1 FROM devices d WHERE {chosen} LIMIT 1".encode(), parameters)
+    return await cursor.fetchone() is not None
+
+
+async def _insert_joining(connection: AsyncConnection, job: _Continuous, job_no: int) -> list[tuple[str, int, str]]:
+    """(device, wave, state) of those that were added."""
+    chosen, parameters = _new_sql(job, job_no)
     sql = f"""
         WITH last AS (
           SELECT w.job_no, w.wave, w.status, j.accept_seconds,
@@ -310,10 +345,7 @@ async def _insert_joining(
           FROM waves w JOIN jobs j USING (job_no) WHERE w.job_no = %(job_no)s ORDER BY w.wave DESC LIMIT 1
         ), joining AS (
           SELECT d.device_id, d.firmware_version, d.firmware_sha256, {_RANK} AS rank FROM devices d
-          WHERE {chosen} AND NOT EXISTS (
-            SELECT FROM executions x WHERE x.job_no = %(job_no)s AND x.device_id = d.device_id)
-            AND (NOT %(exclusive)s OR NOT EXISTS (SELECT FROM executions x WHERE x.device_id = d.device_id
-              AND x.exclusive AND x.state IN ('PENDING','QUEUED','IN_PROGRESS')))
+          WHERE {chosen}
           LIMIT %(chunk)s
         )
         INSERT INTO executions (job_no, device_id, wave, rank, exclusive, state, base_version, base_sha256,
@@ -327,6 +359,6 @@ async def _insert_joining(
     """
     cursor = await connection.execute(
         sql.encode(),
-        {**parameters, "job_no": job_no, "exclusive": spec.release is not None, "chunk": JOIN_CHUNK},
+        {**parameters, "exclusive": job.spec.release is not None, "chunk": JOIN_CHUNK},
     )
     return [(str(device), int(wave), str(state)) for device, wave, state in await cursor.fetchall()]

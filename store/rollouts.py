@@ -136,6 +136,7 @@ class RolloutStore:
             wave=mine[0],
             job_status=JobStatus(row[0]),
             outstanding=sum(progress.counts.outstanding for progress in waves),
+            retrying=sum(progress.counts.retrying for progress in waves),
             in_flight=row[1],
             in_flight_cap=row[2],
             exposed=row[3],

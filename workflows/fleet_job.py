@@ -118,6 +118,9 @@ class FleetJobWorkflow:
                 verdict = await self._hold(planned, verdict)
             if verdict.verdict is not Verdict.PROMOTE:
                 async with self._lock:  # a cancellation that is under way is the better explanation
+                    if state.canceled_by or state.time_is_up:
+                        # A wave that ends just as it is cancelled keeps its result, and the cancellation is lost on it.
+                        raise asyncio.CancelledError
                     return _End(Outcome.HALTED, verdict.reason)
             state.decided.append(DecidedWave(wave=planned.wave, verdict=verdict))
             self._show()
