@@ -217,7 +217,7 @@ JOB = b"name: a\noperation: restart\n"
         (JOB + b"release: a@1\n", 3, "expected with operation firmware-update"),
         (
             b"name: a\noperation: custom\ndocument:\n  when: 2026-11-30\n",
-            3,
+            4,
             "when: date is not JSON; write it as a text",
         ),
         (b"name: a\noperation: custom\ndocument: {order: 1}\n", 3, "has a member of this name already"),
