@@ -8,9 +8,9 @@ import copy
 import datetime
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap, CommentedSeq, TaggedScalar
 from ruamel.yaml.constructor import DuplicateKeyError
@@ -54,6 +54,24 @@ def parse_spec(data: bytes, source: str) -> RolloutSpec:
         ) from None
     except ValidationError:
         mistakes = [Mistake(path_of(f.where), f.message, _line(document, f)) for f in _every_fault(_plain(document))]
+        raise SpecError(source, sorted(mistakes, key=lambda m: m.line or 0)) from None
+
+
+M = TypeVar("M", bound=BaseModel)
+
+
+def parse_model(data: bytes, source: str, model: type[M]) -> M:
+    """A document of another kind, read as strictly. Raises SpecError with every mistake, each with its line."""
+    document = _document(data, source)
+    try:
+        return model.model_validate(_plain(document))
+    except _TooLargeError:
+        raise SpecError(
+            source, [Mistake("(document)", f"more than {MAX_NODES} values; are there aliases in it?")]
+        ) from None
+    except ValidationError as error:
+        faults = faults_of(error, model)
+        mistakes = [Mistake(path_of(f.where), f.message, _line(document, f)) for f in faults]
         raise SpecError(source, sorted(mistakes, key=lambda m: m.line or 0)) from None
 
 
