@@ -23,6 +23,7 @@ import structlog
 from prometheus_client import Counter, Gauge, Histogram
 from psycopg_pool import PoolTimeout
 
+from gateway.alerting import Judge
 from gateway.commands import answer_about_commands
 from gateway.configuration import answer_config, reject_config
 from gateway.diagnostics import take_diagnostics
@@ -166,6 +167,7 @@ class Gateway:
     documents: Documents
     settings: Settings
     waiting: list[Inbound] = field(default_factory=list)
+    judge: Judge = field(default_factory=Judge)
     _arrived: asyncio.Event = field(default_factory=asyncio.Event)
     _paused: bool = False
     _clones: set[str] = field(default_factory=set)
@@ -348,6 +350,8 @@ class Gateway:
         for beats in read.beats:
             if beats:
                 self._clones.update(await save_heartbeats(connection, list(beats.values())))
+                await self.judge.refresh(connection)
+                await self.judge.judge(connection, list(beats.values()), standing.watched, standing.now)
 
     @staticmethod
     def _log_trips(batch: Batch) -> None:
