@@ -6,7 +6,7 @@ are read strictly: no key twice, bounded depth; jobs and heartbeats, which are m
 """
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import orjson
@@ -52,9 +52,12 @@ _STRICT = _SHADOW_VERBS | {
 MAX_REASON_CHARS = 500
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Heartbeat:
-    """What a heartbeat says, in the units of the presence table; `device_time` in epoch seconds."""
+    """What a heartbeat says, in the units of the presence table; `device_time` in epoch seconds.
+
+    The last three are its place in a batch (gateway/beats.py); what it says is never changed.
+    """
 
     device_id: str
     device_time: float | None
@@ -67,6 +70,11 @@ class Heartbeat:
     error_count: int | None
     boot_id: str | None
     extra: dict[str, float] | None
+    beat_no: int = field(default=0, compare=False)
+    """Of those of its device, from 0."""
+    round: int = field(default=0, compare=False)
+    newest: bool = field(default=True, compare=False)
+    """Of its device in its round."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,6 @@
 import asyncio
 import collections
 import dataclasses
-import itertools
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -24,12 +23,13 @@ from prometheus_client import Counter, Gauge, Histogram
 from psycopg_pool import PoolTimeout
 
 from gateway.alerting import Judge
+from gateway.beats import Beats
 from gateway.commands import answer_about_commands
 from gateway.configuration import answer_config, reject_config
 from gateway.diagnostics import take_diagnostics
 from gateway.documents import Documents
 from gateway.jobs import Outgoing, answer, reject
-from gateway.requests import BadRequest, Heartbeat, Request, parse_request
+from gateway.requests import BadRequest, Request, parse_request
 from gateway.shadow import answer_about_shadows, reject_shadow
 from models.identity import DeviceHappening
 from models.protocol import ErrorCode, RequestTopic, Verb, parse_request_topic
@@ -66,8 +66,6 @@ BATCH_SECONDS = Histogram(
     buckets=(0.005, 0.02, 0.1, 0.5, 2),
 )
 RETRY_SECONDS = 0.5
-MAX_ROUNDS = 4
-"""Most heartbeats of one device that one batch looks at, each of another boot than the one before."""
 _CONFIG_VERBS = frozenset({Verb.CONFIG_GET, Verb.CONFIG_UPDATE})
 _COMMAND_VERBS = frozenset({Verb.COMMAND_GET, Verb.COMMAND_RESPONSE})
 _SHADOW_VERBS = frozenset({Verb.SHADOW_GET, Verb.SHADOW_UPDATE, Verb.SHADOW_DELETE})
@@ -97,8 +95,7 @@ class Read:
     commands: list[Request] = field(default_factory=list)
     shadows: list[Request] = field(default_factory=list)
     diagnostics: list[Request] = field(default_factory=list)
-    beats: list[dict[str, Heartbeat]] = field(default_factory=list)
-    """The newest heartbeat of each device; where two in a batch are of different boots, in rounds, one after the other."""
+    beats: Beats = field(default_factory=Beats)
     bad: list[tuple[Inbound, BadRequest]] = field(default_factory=list)
 
     def add(self, request: Request) -> None:
@@ -106,7 +103,7 @@ class Read:
         verb, thing = request.topic.verb, request.topic.thing
         self.things.add(thing)
         if request.heartbeat is not None:
-            self._add_beat(thing, request.heartbeat)
+            self.beats.add(request.heartbeat)
         elif verb in _CONFIG_VERBS:
             self.configs.append(request)
         elif verb in _COMMAND_VERBS:
@@ -117,28 +114,6 @@ class Read:
             self.diagnostics.append(request)
         else:
             self.jobs.append(request)
-
-    def _add_beat(self, thing: str, beat: Heartbeat) -> None:
-        for beats in reversed(self.beats):
-            if (before := beats.get(thing)) is not None:
-                if before.boot_id == beat.boot_id or beat.boot_id is None or (beats is self.beats[-1] and self._full):
-                    beats[thing] = beat
-                else:
-                    self._round_after(beats)[thing] = beat
-                return
-        if not self.beats:
-            self.beats.append({})
-        self.beats[0][thing] = beat
-
-    @property
-    def _full(self) -> bool:
-        return len(self.beats) >= MAX_ROUNDS
-
-    def _round_after(self, beats: dict[str, Heartbeat]) -> dict[str, Heartbeat]:
-        if beats is self.beats[-1]:
-            self.beats.append({})
-            return self.beats[-1]
-        return next(later for earlier, later in itertools.pairwise(self.beats) if earlier is beats)
 
     def without(self, barred: frozenset[str]) -> "Read":
         """What is left when these devices have said nothing."""
@@ -153,7 +128,7 @@ class Read:
             commands=heard(self.commands),
             shadows=heard(self.shadows),
             diagnostics=heard(self.diagnostics),
-            beats=[{thing: beat for thing, beat in beats.items() if thing not in barred} for beats in self.beats],
+            beats=self.beats.without(barred),
             bad=[(inbound, bad) for inbound, bad in self.bad if not inbound.topic or inbound.topic.thing not in barred],
         )
 
@@ -331,8 +306,7 @@ class Gateway:
 
     async def _save_rest(self, connection: psycopg.AsyncConnection, read: Read, standing: Standing) -> None:
         if standing.awaited:
-            beating = {thing for beats in read.beats for thing in beats}
-            await happened(connection, _awaited(standing, read.things, beating))
+            await happened(connection, _awaited(standing, read.things, set(read.beats.things)))
         if read.bad:
             await save_quarantined(
                 connection,
@@ -347,11 +321,14 @@ class Gateway:
                     for inbound, reason in read.bad
                 ],
             )
-        for beats in read.beats:
-            if beats:
-                self._clones.update(await save_heartbeats(connection, list(beats.values())))
-                await self.judge.refresh(connection)
-                await self.judge.judge(connection, list(beats.values()), standing.watched, standing.now)
+        if read.beats.said:
+            saved = await save_heartbeats(connection, read.beats.said)
+            self._clones.update(saved.clones)
+            await self.judge.refresh(connection)
+            fresh = read.beats.said
+            if saved.repeated:
+                fresh = [beat for beat in fresh if (beat.device_id, beat.beat_no) not in saved.repeated]
+            await self.judge.judge(connection, fresh, standing.watched, standing.now)
 
     @staticmethod
     def _log_trips(batch: Batch) -> None:
