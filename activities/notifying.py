@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-import apprise
 import httpx
 import orjson
 import structlog
@@ -34,12 +33,6 @@ SECONDS = Histogram(
 
 CONNECT_SECONDS, ATTEMPT_SECONDS = 5.0, 20.0
 """A receiver that takes longer is tried again; it may well have taken it."""
-
-_KINDS = {
-    Severity.INFO: apprise.NotifyType.INFO,
-    Severity.WARNING: apprise.NotifyType.WARNING,
-    Severity.CRITICAL: apprise.NotifyType.FAILURE,
-}
 
 log = structlog.get_logger("notify")
 for _name in ("apprise", "httpx", "httpcore"):
@@ -130,6 +123,13 @@ async def _notify(channel: Channel, told: NotifyInput) -> tuple[str, bool]:
 
 
 def _through_apprise(url: str, told: NotifyInput) -> bool:
+    import apprise  # takes half a second, and only workers with such a channel need it
+
+    kinds = {
+        Severity.INFO: apprise.NotifyType.INFO,
+        Severity.WARNING: apprise.NotifyType.WARNING,
+        Severity.CRITICAL: apprise.NotifyType.FAILURE,
+    }
     sender = apprise.Apprise()
     if not sender.add(url):
         return False
@@ -139,7 +139,7 @@ def _through_apprise(url: str, told: NotifyInput) -> bool:
     title = f"[{told.severity}] {told.summary}"
     try:
         return bool(
-            sender.notify(body="\n".join(lines) or told.summary, title=title, notify_type=_KINDS[told.severity])
+            sender.notify(body="\n".join(lines) or told.summary, title=title, notify_type=kinds[told.severity])
         )
     except Exception:
         return False
