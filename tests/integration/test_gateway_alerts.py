@@ -11,11 +11,13 @@ import orjson
 import pytest
 
 import gateway.alerting
+import gateway.service
 from gateway.service import Gateway
 from models.alerting import AlertRuleSpec
 from models.protocol import heartbeat_topic
 from store.alert_rules import AlertRuleStore
 from store.alerts import AlertStore
+from store.devicetraffic import Saved
 from store.engine import Database
 from tests.cli_runner import run
 from tests.conftest import Broker
@@ -47,7 +49,9 @@ async def judging(db: Database, broker: Broker, *rules: AlertRuleSpec, devices: 
         yield door
 
 
-async def beat(door: Door, thing: str, value: float | None, *, at: int | None = None, key: str = "cpuTemperature") -> int:
+async def beat(
+    door: Door, thing: str, value: float | None, *, at: int | None = None, key: str = "cpuTemperature"
+) -> int:
     """One heartbeat, when it has been committed. Returns its time."""
     moment = next(CLOCK) if at is None else at
     said = {"timestamp": moment} | ({} if value is None else {key: value})
@@ -124,7 +128,9 @@ async def test_a_rule_is_for_its_devices_alone(db: Database, broker: Broker) -> 
     async with judging(db, broker, only, rule("load > 0.9", "loaded"), devices=4) as door:
         async with db.pool.connection() as connection:
             await connection.execute("UPDATE devices SET site_id = 'hamburg' WHERE device_id IN ('motor-2', 'motor-3')")
-            await connection.execute("""UPDATE devices SET tags = '{"env": "production"}' WHERE device_id <> 'motor-3'""")
+            await connection.execute(
+                """UPDATE devices SET tags = '{"env": "production"}' WHERE device_id <> 'motor-3'"""
+            )
         for thing in ("motor-1", "motor-2", "motor-3", "stranger"):
             await beat(door, thing, 99)
         assert [row[:2] for row in await alerts(db)] == [("overheating", "motor-2")]
@@ -173,6 +179,23 @@ async def test_a_rule_that_was_deleted_a_moment_ago_opens_nothing(
         assert await alerts(db) == []
 
 
+async def test_a_gateway_that_believes_its_rules_opens_what_nobody_closes(
+    db: Database, broker: Broker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with judging(db, broker, rule("cpuTemperature > 80")) as door:
+        await beat(door, "motor-1", 50)
+        monkeypatch.setattr(gateway.alerting, "REFRESH_SECONDS", 3600.0)
+        known = {each.spec.name: each.revision for each in door.gateway.judge.rules}
+
+        async def believing(_: Any) -> dict[str, int]:
+            return known
+
+        monkeypatch.setattr(gateway.alerting, "lock_rules", believing)
+        await AlertRuleStore(db).delete("overheating", "bob")
+        await beat(door, "motor-1", 99)
+        assert [row[2] for row in await alerts(db)] == ["open"]
+
+
 async def test_a_heartbeat_that_comes_again_counts_once(db: Database, broker: Broker) -> None:
     async with judging(db, broker) as door:
         at = await beat(door, "motor-1", 81)
@@ -182,6 +205,21 @@ async def test_a_heartbeat_that_comes_again_counts_once(db: Database, broker: Br
         await beat(door, "motor-1", 81)
         await beat(door, "motor-1", 81, at=at)
         assert await alerts(db) == [("overheating", "motor-1", "open", 1, "critical")]
+
+
+async def test_a_gateway_that_does_not_ask_what_it_has_heard_before_counts_twice(
+    db: Database, broker: Broker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save = gateway.service.save_heartbeats
+
+    async def forgetful(connection: Any, said: Any) -> Saved:
+        return Saved((await save(connection, said)).clones, frozenset())
+
+    monkeypatch.setattr(gateway.service, "save_heartbeats", forgetful)
+    async with judging(db, broker) as door:
+        at = await beat(door, "motor-1", 81)
+        await beat(door, "motor-1", 81, at=at)
+        assert [row[2] for row in await alerts(db)] == ["open"]
 
 
 async def test_a_batch_that_is_tried_again_counts_once(
@@ -221,7 +259,9 @@ async def test_acknowledged_stays_acknowledged_and_resolved_by_hand_begins_anew(
 async def test_a_barred_device_opens_nothing(db: Database, broker: Broker) -> None:
     async with judging(db, broker, rule("cpuTemperature > 80")) as door:
         async with db.pool.connection() as connection:
-            await connection.execute("UPDATE devices SET barred_at = now(), barred_reason = 'x' WHERE device_id = 'motor-2'")
+            await connection.execute(
+                "UPDATE devices SET barred_at = now(), barred_reason = 'x' WHERE device_id = 'motor-2'"
+            )
         await beat(door, "motor-2", 99)
         assert await alerts(db) == []
 
@@ -247,7 +287,9 @@ async def test_a_fleet_that_fails_alike_is_listed_as_one_and_taken_as_one(
     async def listed(*words: str) -> Any:
         return (await command("alert", "list", "--json", *words)).json
 
-    async with judging(db, broker, rule("cpuTemperature > 80"), rule("load > 1", "loaded", severity="info"), devices=30) as door:
+    async with judging(
+        db, broker, rule("cpuTemperature > 80"), rule("load > 1", "loaded", severity="info"), devices=30
+    ) as door:
         async with db.pool.connection() as connection:
             await connection.execute("UPDATE devices SET site_id = 'hamburg' WHERE device_id IN ('motor-7', 'motor-8')")
         for number in range(1, 21):
@@ -264,7 +306,9 @@ async def test_a_fleet_that_fails_alike_is_listed_as_one_and_taken_as_one(
         assert len((await listed("--all"))["alerts"]) == 21
         assert len((await listed("--rule", "overheating"))["alerts"]) == 20
         assert len((await listed("--site", "hamburg", "--all"))["alerts"]) == 2
-        assert {alert["rule"] for alert in (await listed("--severity", "critical", "--all"))["alerts"]} == {"overheating"}
+        assert {alert["rule"] for alert in (await listed("--severity", "critical", "--all"))["alerts"]} == {
+            "overheating"
+        }
         assert len((await listed("--device", "motor-9"))["alerts"]) == 2
         refused = await command("alert", "resolve", "--rule", "overheating", "--all", status=2)
         assert "20 alerts match" in refused.err and "--count 20" in refused.err
@@ -289,7 +333,9 @@ async def test_rules_are_set_shown_tried_and_deleted_by_commands(db: Database, b
         return ran.json
 
     async with judging(db, broker, rule("cpuTemperature > 200", "unreachable")) as door:
-        await command("set", "hot", HOT, "--severity", "critical", "--type", "motor", "--site", "berlin", "--tag", "a=b")
+        await command(
+            "set", "hot", HOT, "--severity", "critical", "--type", "motor", "--site", "berlin", "--tag", "a=b"
+        )
         file = tmp_path / "load.yaml"
         file.write_text("name: loaded\nwhen: load > 0.9 for 10m\n")
         await command("set", "--file", str(file))

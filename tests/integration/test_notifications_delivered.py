@@ -34,13 +34,17 @@ from activities.notification_relay import NotificationRelay
 from activities.notifying import NotifyingActivities
 from models.alerting import BUILT_IN, AlertRuleSpec, NotifyInput, NotifyResult
 from models.ids import notify_workflow_id
+from models.protocol import heartbeat_topic
+from store.alert_rules import AlertRuleStore
 from store.alerts import AlertStore, raise_alert, resolve_alert, settle_alerts
 from store.engine import Database, migrate
 from store.notifications import NotificationStore
 from store.rotation import ENDING_ALERT
 from tests.cli_runner import run
-from tests.integration.rollout_setup import add_devices
+from tests.conftest import Broker
+from tests.integration.rollout_setup import add_devices, prepare
 from tests.integration.test_gateway_identity import rows, until
+from tests.integration.test_gateway_jobs import open_door
 from tests.workflow.conftest import BINARIES
 from worker import notification_relay, notify_worker
 from workflows import options
@@ -176,7 +180,9 @@ async def taken(receiver: Receiver, count: int) -> list[dict[str, Any]]:
 async def result(db: Database, server: WorkflowEnvironment, rule: str = "overheating") -> NotifyResult:
     async def digest() -> Any:
         return await rows(
-            db, "SELECT digest FROM alert_notifications JOIN alerts USING (alert_no) WHERE rule = %s AND digest <> ''", rule
+            db,
+            "SELECT digest FROM alert_notifications JOIN alerts USING (alert_no) WHERE rule = %s AND digest <> ''",
+            rule,
         )
 
     [[found], *_] = await until(digest, 20)
@@ -284,7 +290,13 @@ async def test_an_acknowledged_alert_that_recurs_is_not_told_again(
 
 @APPRISE
 async def test_a_channel_that_fails_holds_up_no_other_and_no_secret_leaves_the_worker(
-    db: Database, server: WorkflowEnvironment, receiver: Receiver, tmp_path: Path, monkeypatch: Any, caplog: Any, capsys: Any
+    db: Database,
+    server: WorkflowEnvironment,
+    receiver: Receiver,
+    tmp_path: Path,
+    monkeypatch: Any,
+    caplog: Any,
+    capsys: Any,
 ) -> None:
     monkeypatch.setattr(options, "NOTIFY_LIMIT", timedelta(seconds=4))
     gone = f"http://127.0.0.1:1{PATH_SECRET}"
@@ -396,7 +408,9 @@ async def test_a_relay_killed_on_the_way_is_followed_by_one_that_tells_the_same_
 ) -> None:
     file = channels(tmp_path, receiver)
     await hot(db, 5)
-    first = kind(NotificationStore(db), notification_relay(db, server.client, NotifyingActivities({})).start, SOON, SOON)
+    first = kind(
+        NotificationStore(db), notification_relay(db, server.client, NotifyingActivities({})).start, SOON, SOON
+    )
     with pytest.raises(asyncio.CancelledError):
         await first.hand_over()
     async with telling(db, server, file):
@@ -471,6 +485,35 @@ async def test_a_worker_killed_in_the_middle_of_a_delivery_is_followed_by_anothe
         doomed.wait()
 
 
+async def test_a_receiver_that_does_not_answer_holds_up_no_heartbeat(
+    db: Database, server: WorkflowEnvironment, receiver: Receiver, broker: Broker, tmp_path: Path
+) -> None:
+    asked, answered = threading.Event(), threading.Event()
+
+    def hang() -> None:
+        asked.set()
+        answered.wait(15)
+
+    receiver.on_request = hang
+    fleet = await prepare(db, 3)
+    await AlertRuleStore(db).set(AlertRuleSpec.model_validate({"name": "hot", "when": "cpuTemperature > 80"}), "alice")
+    try:
+        async with open_door(db, broker, fleet) as door, telling(db, server, channels(tmp_path, receiver)):
+            await door.client.publish(heartbeat_topic("motor-1"), b'{"cpuTemperature": 99}', qos=1)
+            assert await asyncio.to_thread(asked.wait, 20)
+            for number in range(200):
+                said = json.dumps({"cpuTemperature": 99, "uptime": number})
+                await door.client.publish(heartbeat_topic("motor-2"), said, qos=1)
+            accepted, _ = await door.ask("motor-3", "get")
+            assert accepted and receiver.taken == [], "the receiver has not answered yet"
+            counted = "SELECT occurrences FROM alerts WHERE subject = 'motor-2'"
+            assert await rows(db, counted) == [(200,)]
+            answered.set()
+            await taken(receiver, 1)
+    finally:
+        answered.set()
+
+
 async def test_temporal_away_keeps_what_is_to_be_told(
     db: Database, server: WorkflowEnvironment, receiver: Receiver, tmp_path: Path, monkeypatch: Any
 ) -> None:
@@ -497,10 +540,14 @@ async def test_without_a_notify_file_nothing_piles_up(db: Database, monkeypatch:
     await hot(db, 3)
     relay = NotificationRelay(NotificationStore(db), None)
     assert await relay.hand_over() == 0
-    assert len(await rows(db, "SELECT FROM alert_notifications WHERE handed_over_at IS NULL")) == 3, "others may have one"
+    assert len(await rows(db, "SELECT FROM alert_notifications WHERE handed_over_at IS NULL")) == 3, (
+        "others may have one"
+    )
     monkeypatch.setattr(activities.notification_relay, "LEAVE", timedelta(0))
     await relay.hand_over()
-    assert await rows(db, "SELECT DISTINCT digest, handed_over_at IS NULL FROM alert_notifications") == [("none", False)]
+    assert await rows(db, "SELECT DISTINCT digest, handed_over_at IS NULL FROM alert_notifications") == [
+        ("none", False)
+    ]
     assert await NotificationStore(db).forget(timedelta(0)) == 3
 
 

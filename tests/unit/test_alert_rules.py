@@ -152,7 +152,13 @@ def test_beyond_and_back_never_hold_together(comparison: Comparison) -> None:
 VALUES = st.lists(st.none() | st.integers(60, 100).map(float), max_size=80)
 RULES = st.builds(
     lambda n, m, gap: AlertRuleSpec(
-        name="r", metric="x", comparison=Comparison.ABOVE, threshold=80, heartbeats=n, clear=80 - gap, clear_heartbeats=m
+        name="r",
+        metric="x",
+        comparison=Comparison.ABOVE,
+        threshold=80,
+        heartbeats=n,
+        clear=80 - gap,
+        clear_heartbeats=m,
     ),
     st.integers(1, 5),
     st.integers(1, 5),
