@@ -26,7 +26,7 @@ NOON = datetime(2026, 11, 24, 12, 0, tzinfo=UTC)
 class ScriptedChannels:
     """Channels that fail so often before they take something; None: for ever. "gone": for good."""
 
-    channels: dict[str, int | None | str] = field(default_factory=lambda: {"ops": 0, "mail": 0})
+    channels: dict[str, int | str | None] = field(default_factory=lambda: {"ops": 0, "mail": 0})
     attempts: collections.Counter[str] = field(default_factory=collections.Counter)
 
     @activity.defn
@@ -74,7 +74,7 @@ async def telling(environment: WorkflowEnvironment, script: ScriptedChannels | N
 
 
 def _played(
-    name: str, channels: dict[str, int | None | str] | None
+    name: str, channels: dict[str, int | str | None] | None
 ) -> Callable[[WorkflowEnvironment], Awaitable[WorkflowHandle[Any, Any]]]:
     async def play(environment: WorkflowEnvironment) -> WorkflowHandle[Any, Any]:
         limit = options.NOTIFY_LIMIT
