@@ -452,13 +452,18 @@ async def test_two_relays_tear_nothing_apart(
     assert [told["data"]["count"] for told in receiver.taken] == [40]
 
 
+def worker_process(address: str, file: Path) -> subprocess.Popen[bytes]:
+    """A worker that tells, and nothing else, to be killed."""
+    return subprocess.Popen([sys.executable, "-m", "tests.chaos.notifying_worker", address, str(file)])
+
+
 async def test_a_worker_killed_in_the_middle_of_a_delivery_is_followed_by_another(
     db: Database, server: WorkflowEnvironment, receiver: Receiver, tmp_path: Path, monkeypatch: Any
 ) -> None:
     monkeypatch.setattr(options, "NOTIFY_TIMEOUT", timedelta(seconds=3))
     file = channels(tmp_path, receiver)
     address = server.client.service_client.config.target_host
-    doomed = subprocess.Popen([sys.executable, "-m", "tests.chaos.notifying_worker", address, str(file)])
+    doomed = worker_process(address, file)
 
     def kill() -> None:
         os.kill(doomed.pid, signal.SIGKILL)
