@@ -14,6 +14,7 @@ from temporalio.testing import WorkflowEnvironment
 
 from models.identity import DeviceHappening
 from models.lifecycle import CertificatesSeen, RotateFleetInput, RotationSeen
+from tests.replay.health_scenarios import HEALTH
 from tests.replay.provisioning_scenarios import PROVISIONING
 from tests.workflow.life_stage import LifeStage
 from workflows.lifecycle_client import start_fleet_rotation
@@ -163,4 +164,5 @@ LIVES: dict[str, dict[str, Scenario]] = {
     },
     "FleetRotationWorkflow": {"swept": _played(swept)},
     **PROVISIONING,
+    **HEALTH,
 }
