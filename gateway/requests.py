@@ -16,6 +16,7 @@ from domain.configurations import MAX_CONFIG_BYTES, MAX_CONFIG_DEPTH, MAX_VERSIO
 from domain.strict_json import parse_object
 from firmware.command import REQUEST_ID
 from gateway.diagnostic_requests import DiagnosticResponse, parse_diagnostic
+from gateway.pulse import Pulse, parse_pulse
 from gateway.shadow_requests import ShadowError, ShadowRequest, parse_shadow
 from models.protocol import (
     MAX_CLIENT_TOKEN_BYTES,
@@ -103,6 +104,7 @@ class Request:
     response: CommandResponse | None = None
     shadow: ShadowRequest | None = None
     diagnostic: DiagnosticResponse | None = None
+    pulse: Pulse | None = None
     duplicate: bool = False
     """The broker says that it may have delivered this before: what has been done already is not done again."""
 
@@ -139,6 +141,8 @@ def parse_request(topic: RequestTopic, payload: bytes) -> Request | BadRequest:
     try:
         if topic.verb is Verb.HEARTBEAT:
             return Request(topic, heartbeat=_heartbeat(topic.thing, body))
+        if topic.verb is Verb.PULSE:
+            return Request(topic, pulse=parse_pulse(body))
         if topic.verb is Verb.UPDATE:
             return _update(topic, token, body)
         if topic.verb in _STRICT:

@@ -73,8 +73,15 @@ SEVERITIES = {
     "authority-ending": Severity.CRITICAL,
     "enrolment-conflict": Severity.CRITICAL,
     "broker-behind": Severity.CRITICAL,
+    "ingest-silent": Severity.CRITICAL,
+    "site-offline": Severity.CRITICAL,
+    "certificate-ending": Severity.WARNING,
+    "claim-rate": Severity.WARNING,
+    "device-offline": Severity.WARNING,
+    "retained-left": Severity.WARNING,
+    "rotation-reverted": Severity.WARNING,
 }
-"""What Tidegate's own alerts are worth where who raises one does not say; warning where none stands here."""
+"""What Tidegate's own alerts are worth where who raises one does not say. No rule of a person's bears such a name."""
 
 
 def severity_of(rule: str) -> Severity:
@@ -119,6 +126,8 @@ class AlertRuleSpec(BaseModel):
     def _name(cls, value: str) -> str:
         if not RULE_NAME.fullmatch(value):
             raise ValueError(f"expected small letters, digits and dashes, at most 64, got {value!r}")
+        if value in SEVERITIES:
+            raise ValueError(f"expected a name that Tidegate's own alerts do not bear, got {value!r}")
         return value
 
     @field_validator("metric")

@@ -14,6 +14,7 @@ from temporalio.testing import WorkflowEnvironment
 
 from models.identity import DeviceHappening
 from models.lifecycle import CertificatesSeen, RotateFleetInput, RotationSeen
+from tests.replay.health_scenarios import HEALTH
 from tests.replay.notification_scenarios import NOTIFICATION
 from tests.replay.provisioning_scenarios import PROVISIONING
 from tests.workflow.life_stage import LifeStage
@@ -165,4 +166,5 @@ LIVES: dict[str, dict[str, Scenario]] = {
     "FleetRotationWorkflow": {"swept": _played(swept)},
     **PROVISIONING,
     **NOTIFICATION,
+    **HEALTH,
 }

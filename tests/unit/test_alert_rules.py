@@ -109,6 +109,11 @@ def test_a_rule_s_file_is_read_strictly_and_every_mistake_has_its_line() -> None
         parse_model(b"name: hot\nwhen: x > 1\ntarget: {inactive_minutes: 5}\n", "hot.yaml", AlertRuleSpec)
 
 
+def test_no_rule_bears_the_name_of_an_alert_of_tidegate_s_own() -> None:
+    with pytest.raises(ValidationError, match="own alerts do not bear"):
+        AlertRuleSpec.model_validate({"name": "cloned-device", "when": "x > 1"})
+
+
 def test_the_rules_to_begin_with_are_those_of_the_requirements() -> None:
     assert {rule.name: rule.condition for rule in BUILT_IN} == {
         "overheating": "cpuTemperature > 80 for 2 heartbeats, clear < 75 for 3 heartbeats",
