@@ -11,6 +11,7 @@ from typing import Any
 import orjson
 import pytest
 import pytest_asyncio
+from psycopg.types.json import Jsonb
 from temporalio.client import Client
 from temporalio.service import RPCError, RPCStatusCode
 
@@ -314,7 +315,12 @@ async def test_no_answer_of_a_device_reaches_a_terminal_as_more_than_text(db: Da
         asked = question(fleet, "motor-1", DiagnosticType.REBOOT, 99)
         await open_question(connection, asked)
         await answer_questions(connection, [DiagnosticAnswer("motor-1", asked.request_id, None, HOSTILE)])
+        details = Jsonb({HOSTILE: HOSTILE, "step": HOSTILE})
+        await connection.execute("UPDATE executions SET status_details = %s, base_version = %s", (details, HOSTILE))
+        await connection.execute("UPDATE devices SET firmware_version = %s, barred_reason = %s", (HOSTILE, HOSTILE))
     for words in (
+        ("device", "show", "motor-1"),
+        ("device", "list"),
         ("diagnose", "motor-1"),
         ("rollout", "show", "motor-1.3.0", "--device", "motor-1"),
         ("rollout", "show", "motor-1.3.0"),
