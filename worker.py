@@ -35,10 +35,12 @@ from activities.decommission import DecommissionActivities
 from activities.diagnostics import DiagnosticActivities
 from activities.enrolment_hook import EnrolmentHook
 from activities.fleet_rotation import FleetRotationActivities
+from activities.health import HealthActivities
 from activities.provisioning import IssuingActivities, ProvisioningActivities
 from activities.relay import OutboxRelay
 from activities.rollouts import RolloutActivities
 from activities.rotation import RotationActivities
+from activities.shadow import ShadowActivities
 from activities.signing import CertificateSigner
 from models.errors import InvalidInputError, TidegateError, UnavailableError
 from models.lifecycle import RotateFleetInput
@@ -53,6 +55,7 @@ from store.engine import Database
 from store.provisioning import ProvisioningStore
 from store.rollouts import RolloutStore
 from store.rotation import RotationStore
+from store.shadow_syncing import ShadowSyncStore
 from transport.publisher import Publisher
 from transport.retained import RetainedMessages
 from workflows import options
@@ -62,11 +65,14 @@ from workflows.decommission import DecommissionWorkflow
 from workflows.diagnostic import DiagnosticWorkflow
 from workflows.fleet_rotation import FleetRotationWorkflow
 from workflows.lifecycle_client import ROTATION_SCHEDULE, TemporalFlows, ensure_rotation_schedule
+from workflows.offline import OfflineSweepWorkflow
 from workflows.provisioning import ProvisioningWorkflow
 from workflows.reissue import ReissueCertificateWorkflow
+from workflows.retention import RetentionWorkflow
 from workflows.rollout import RolloutWorkflow
 from workflows.rotation import CertificateRotationWorkflow
 from workflows.sandbox import runner
+from workflows.shadow_sync import ShadowSyncWorkflow
 from workflows.upkeep import CrlUpkeepWorkflow
 from workflows.wave import WaveWorkflow
 
@@ -121,6 +127,7 @@ class Lifecycle:
     rotation: RotationActivities
     decommission: DecommissionActivities
     fleet: FleetRotationActivities
+    shadow: ShadowActivities
     diagnostics: DiagnosticActivities
 
     @classmethod
@@ -132,6 +139,7 @@ class Lifecycle:
             RotationActivities(certificates, publisher),
             DecommissionActivities(DecommissionStore(db), flows, publisher, RetainedMessages(settings)),
             FleetRotationActivities(certificates, flows),
+            ShadowActivities(ShadowSyncStore(db), publisher),
             DiagnosticActivities(DiagnosticStore(db), publisher),
         )
 
@@ -149,6 +157,9 @@ class Lifecycle:
             rotation.settle_rotation,
             rotation.give_up_rotation,
             rotation.revert_rotation,
+            self.shadow.want_shadow,
+            self.shadow.check_shadow,
+            self.shadow.end_shadow,
             decommission.begin_decommission,
             decommission.stop_flows,
             decommission.ask_to_wipe,
@@ -173,8 +184,10 @@ LIFECYCLE_WORKFLOWS: list[type] = [
     CertificateRotationWorkflow,
     DecommissionWorkflow,
     FleetRotationWorkflow,
+    ShadowSyncWorkflow,
     DiagnosticWorkflow,
 ]
+HEALTH_WORKFLOWS: list[type] = [OfflineSweepWorkflow, RetentionWorkflow]
 
 
 def workers(
@@ -184,6 +197,7 @@ def workers(
     watch: AuthorityWatch,
     provisioning: ProvisioningActivities,
     lifecycle: Lifecycle,
+    health: HealthActivities,
     authorities: AuthorityActivities | None = None,
     issuing: IssuingActivities | None = None,
 ) -> list[Worker]:
@@ -202,6 +216,7 @@ def workers(
             ReissueCertificateWorkflow,
             CrlUpkeepWorkflow,
             *LIFECYCLE_WORKFLOWS,
+            *HEALTH_WORKFLOWS,
         ],
         activities=[
             rollouts.plan_rollout,
@@ -216,6 +231,8 @@ def workers(
             provisioning.mark_configured,
             provisioning.activate_device,
             provisioning.undo_provisioning,
+            health.sweep_offline,
+            health.keep_history,
             *lifecycle.short,
         ],
         workflow_runner=runner(),
@@ -282,15 +299,16 @@ def _keys(settings: Settings) -> FileKeyStore | None:
 
 
 async def _schedule(client: Client, settings: Settings, *, signs: bool) -> None:
-    """Upkeep by the clock; revocation lists where this worker signs, because without a CA there is nothing to keep."""
+    """Upkeep by the clock; of revocation lists where this worker signs, because without a CA there is nothing to keep."""
     sweep = RotateFleetInput(overlap=timedelta(hours=settings.rotation_overlap_hours))
     try:
         made = [ROTATION_SCHEDULE] if await ensure_rotation_schedule(client, sweep) else []
-        if signs:
-            made += await ensure_schedules(client, timedelta(hours=settings.crl_hours))
+        made += await ensure_schedules(client, timedelta(hours=settings.crl_hours) if signs else None)
     except RPCError as error:
         log.warning(
-            "cannot make schedules; lists are signed on revocations alone, no rotation starts", reason=str(error)
+            "cannot make schedules; lists are signed on revocations alone, no rotation starts, nobody is found offline, "
+            "history is not kept by days",
+            reason=str(error),
         )
     else:
         if made:
@@ -328,6 +346,7 @@ async def serve(settings: Settings) -> None:
             AuthorityWatch(db),
             ProvisioningActivities(ProvisioningStore(db), EnrolmentHook(settings.enrolment_hook_url)),
             Lifecycle.of(db, client, publisher, settings),
+            HealthActivities.of(db, settings),
             authorities,
             issuing,
         )

@@ -37,6 +37,7 @@ from models.protocol import (
     diagnostics_topic,
     heartbeat_topic,
     jobs_topic,
+    shadow_topic,
 )
 
 _SUBACK_FAILURE = 0x80
@@ -139,9 +140,10 @@ class Passports:
 class JobsClient:
     """One device's session with the gateway. `run` keeps it connected until it is cancelled.
 
-    Events for whoever waits: `hint` (ask for a job), `config_hint` (ask for the configuration), `command_hint` (ask for
-    a command); all three are set with every connection, for what was published meanwhile is lost. `commands` holds what
-    came on `commands/request`, `questions` what came on `diagnostics/request`. `log` notes what the session goes through.
+    Events for whoever waits: `hint` (ask for a job), `config_hint` (ask for the configuration), `shadow_hint` (ask for
+    the shadow), `command_hint` (ask for a command); all of them are set with every connection, for what was published
+    meanwhile is lost. `commands` holds what came on `commands/request`, `questions` what came on `diagnostics/request`.
+    `log` notes what the session goes through.
     """
 
     def __init__(
@@ -156,6 +158,7 @@ class JobsClient:
         self.thing = thing
         self.hint = asyncio.Event()
         self.config_hint = asyncio.Event()
+        self.shadow_hint = asyncio.Event()
         self.command_hint = asyncio.Event()
         self.commands: asyncio.Queue[dict[str, Any]] = asyncio.Queue(MOST_COMMANDS)
         self.questions: asyncio.Queue[dict[str, Any]] = asyncio.Queue(MOST_QUESTIONS)
@@ -208,7 +211,7 @@ class JobsClient:
             self._passports.worked()
         self.log.note(f"connected to {self._broker.host}:{self._broker.port}")
         self.connected.set()
-        for hint in (self.hint, self.config_hint, self.command_hint):
+        for hint in (self.hint, self.config_hint, self.shadow_hint, self.command_hint):
             hint.set()  # whatever was published meanwhile is lost: ask
 
     async def _receive(self, client: aiomqtt.Client) -> bool:
@@ -306,6 +309,8 @@ class JobsClient:
         filters += [jobs_topic(self.thing, "+", *verb, kind) for verb in ((), ("update",)) for kind in _ANSWERS]
         filters += [config_topic(self.thing, verb, kind) for verb in ("get", "update") for kind in _ANSWERS]
         filters += [config_topic(self.thing, "update", "delta")]
+        filters += [shadow_topic(self.thing, "", verb, kind) for verb in ("get", "update") for kind in _ANSWERS]
+        filters += [shadow_topic(self.thing, "", "update", "delta")]
         filters += [command_topic(self.thing, part) for part in ("request", "notify")]
         filters += [diagnostics_topic(self.thing, "request")]
         granted = await client.subscribe([(name, 0) for name in filters])
@@ -347,6 +352,8 @@ class JobsClient:
         """Whether it is a hint or a command, and not an answer."""
         if topic == config_topic(self.thing, "update", "delta"):
             self.config_hint.set()
+        elif topic == shadow_topic(self.thing, "", "update", "delta"):
+            self.shadow_hint.set()
         elif topic == command_topic(self.thing, "notify"):
             self.command_hint.set()
         elif topic == command_topic(self.thing, "request"):

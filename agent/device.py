@@ -31,6 +31,7 @@ from agent.errors import RejectedError, UnansweredError
 from agent.image import Behaviour, behaviour_of, version_in
 from agent.logbook import LogBook
 from agent.reboot import RebootGuard
+from agent.shadow import ShadowKeeper
 from agent.slots import Slots
 from agent.storage import Storage
 from agent.updater import Identity, Leg, Updater
@@ -160,6 +161,7 @@ class Device:
                     self._beat(client, boot),
                     self._announce(client),
                     self._configurator(client).run(),
+                    ShadowKeeper(client, self._config.timing.poll_seconds, self._config.timing.retry_seconds).run(),
                 )
                 helpers = [tasks.create_task(part) for part in parts]
                 rebooting = tasks.create_task(self._diagnoser(client, updater).run())

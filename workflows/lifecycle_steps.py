@@ -14,6 +14,7 @@ from activities.decommission import DecommissionActivities
 from activities.diagnostics import DiagnosticActivities
 from activities.fleet_rotation import FleetRotationActivities
 from activities.rotation import RotationActivities
+from activities.shadow import ShadowActivities
 from models.diagnostics import (
     AskDeviceInput,
     BootSeen,
@@ -50,6 +51,7 @@ from models.lifecycle import (
     WantedConfiguration,
     WipeAsked,
 )
+from models.shadow import CheckShadowInput, EndShadowInput, ShadowSeen, WantShadowInput
 from workflows import options
 
 _SHORT: dict[str, Any] = {
@@ -106,6 +108,33 @@ async def end_configuration(asked: EndConfigurationInput) -> ConfigurationSeen:
     """Wait no longer."""
     return await workflow.execute_activity_method(
         ConfigurationActivities.end_configuration, asked, summary=asked.reason[:100], **_SHORT
+    )
+
+
+# --- shadows ---------------------------------------------------------------------------------------------------------
+
+
+async def want_shadow(asked: WantShadowInput) -> ShadowSeen:
+    """Write what is wanted."""
+    return await workflow.execute_activity_method(
+        ShadowActivities.want_shadow, asked, summary=f"wanted by {asked.actor}"[:100], **_SHORT
+    )
+
+
+async def check_shadow(asked: CheckShadowInput) -> ShadowSeen:
+    """See whether it is reported."""
+    return await workflow.execute_activity_method(
+        ShadowActivities.check_shadow,
+        asked,
+        summary="remind, unless it is reported" if asked.remind else "is it reported?",
+        **_SHORT,
+    )
+
+
+async def end_shadow(asked: EndShadowInput) -> ShadowSeen:
+    """Wait no longer."""
+    return await workflow.execute_activity_method(
+        ShadowActivities.end_shadow, asked, summary="wait no longer", **_SHORT
     )
 
 

@@ -118,7 +118,7 @@ def upgrade() -> None:
         "heartbeats",
         sa.Column("device_id", sa.Text(), nullable=False),
         sa.Column("at", sa.DateTime(timezone=True), nullable=False),
-        sa.Column("beat_no", sa.SmallInteger(), server_default="0", nullable=False),
+        sa.Column("beat_no", sa.Integer(), server_default="0", nullable=False),
         sa.Column("device_time", sa.DateTime(timezone=True), nullable=True),
         sa.Column("uptime", sa.BigInteger(), nullable=True),
         sa.Column("free_memory", sa.BigInteger(), nullable=True),
@@ -128,9 +128,9 @@ def upgrade() -> None:
         sa.Column("error_count", sa.BigInteger(), nullable=True),
         sa.Column("boot_id", sa.Text(), nullable=True),
         sa.Column("extra", postgresql.JSONB(astext_type=sa.Text()), nullable=True),
-        sa.PrimaryKeyConstraint("device_id", "at", "beat_no"),
         postgresql_partition_by="RANGE (at)",
     )
+    op.create_index("heartbeats_of_device", "heartbeats", ["device_id"], unique=False)
     op.create_table(
         "ingest_state",
         sa.Column("source", sa.Text(), nullable=False),
@@ -226,6 +226,7 @@ def downgrade() -> None:
     op.drop_table("shadows")
     op.drop_table("shadow_history")
     op.drop_table("ingest_state")
+    op.drop_index("heartbeats_of_device", table_name="heartbeats")
     op.drop_table("heartbeats")
     op.drop_index("execution_failures_of_job", table_name="execution_failures")
     op.drop_table("execution_failures")

@@ -142,6 +142,33 @@ async def swept(stage: LifeStage) -> None:
     stage.started.append(await start_fleet_rotation(stage.environment.client, asked))
 
 
+async def confirmed(stage: LifeStage) -> None:
+    """The device reports something else, then what is wanted."""
+    await stage.sync_shadow(limit=timedelta(hours=1))
+    await stage.until_asked("want_shadow")
+    await stage.tell(DeviceHappening.SHADOW_REPORTED, shadow="", version=4)
+    await stage.until_asked("check_shadow")
+    stage.script.shadow_reported = True
+    await stage.tell(DeviceHappening.SHADOW_REPORTED, shadow="", version=5)
+
+
+async def confirmed_at_once(stage: LifeStage) -> None:
+    """It reports that already."""
+    stage.script.shadow_reported = True
+    await stage.sync_shadow()
+
+
+async def unconfirmed(stage: LifeStage) -> None:
+    """It says nothing within the limit."""
+    await stage.sync_shadow(limit=timedelta(minutes=1))
+
+
+async def shadow_refused(stage: LifeStage) -> None:
+    """The device is retired."""
+    stage.script.refusal = "cannot configure motor-7: it is retired"
+    await stage.sync_shadow()
+
+
 async def answered(stage: LifeStage) -> None:
     """The device answers."""
     stage.script.question = EndedQuestion(state=DiagnosticState.ANSWERED)
@@ -197,6 +224,12 @@ LIVES: dict[str, dict[str, Scenario]] = {
         "not-heard": _played(not_heard),
     },
     "FleetRotationWorkflow": {"swept": _played(swept)},
+    "ShadowSyncWorkflow": {
+        "confirmed": _played(confirmed),
+        "confirmed-at-once": _played(confirmed_at_once),
+        "timed-out": _played(unconfirmed),
+        "refused": _played(shadow_refused),
+    },
     "DiagnosticWorkflow": {
         "answered": _played(answered),
         "timed-out": _played(not_answered),

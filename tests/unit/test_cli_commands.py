@@ -67,6 +67,7 @@ def test_the_commands_are_those_of_the_documentation() -> None:
         "claim create", "claim list", "claim show", "claim disable", "claim allow",
         "enrolment list", "enrolment show", "enrolment approve", "enrolment reject", "enrolment resolve",
         "broker list", "broker setup",
+        "shadow get", "shadow set", "shadow wait", "shadow delete", "shadow history", "shadow list",
         "device lookup", "diagnose", "audit", "alert list", "alert acknowledge", "alert resolve",
         "release keygen", "release publish", "release list", "release show",
         "rollout start", "rollout watch", "rollout show", "rollout list", "rollout pause", "rollout resume",

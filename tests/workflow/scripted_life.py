@@ -50,6 +50,7 @@ from models.lifecycle import (
     WantedConfiguration,
     WipeAsked,
 )
+from models.shadow import CheckShadowInput, EndShadowInput, ShadowSeen, WantShadowInput
 
 OLD = CertificatesSeen(old=("old",))
 SETTLED = EndedRotation(kept="new", confirmed=True, issued=True, revoked=("old",))
@@ -70,6 +71,9 @@ class ScriptedLife:
     applied_on_hint: int = 0
     """The hint from which on the device runs what is wanted."""
     applied_at_end: bool = False
+    shadow_reported: bool = False
+    """Whether the device reports what is wanted, from now on."""
+    reported_on_reminder: int = 0
     certificates: CertificatesSeen = OLD
     rotation: deque[RotationSeen] = field(default_factory=lambda: deque([RotationSeen()]))
     settled: EndedRotation = SETTLED
@@ -125,6 +129,33 @@ class ScriptedLife:
         """Noted."""
         self._note(asked)
         return ConfigurationSeen(applied=self.applied_at_end)
+
+    # --- shadows ---------------------------------------------------------------------------------------------------
+
+    def _seen(self) -> ShadowSeen:
+        confirmed = self.shadow_reported
+        return ShadowSeen(version=3, confirmed=confirmed, differs={} if confirmed else {"power": "on"})
+
+    @activity.defn
+    async def want_shadow(self, asked: WantShadowInput) -> ShadowSeen:
+        """Wanted."""
+        self._first(asked)
+        return self._seen()
+
+    @activity.defn
+    async def check_shadow(self, asked: CheckShadowInput) -> ShadowSeen:
+        """Reported, where the script says so; or from the scripted reminder on."""
+        self._note(asked)
+        reminders = sum(check.remind for check in self.only(CheckShadowInput))
+        self.shadow_reported = self.shadow_reported or 0 < self.reported_on_reminder <= reminders
+        return self._seen()
+
+    @activity.defn
+    async def end_shadow(self, asked: EndShadowInput) -> ShadowSeen:
+        """What is missing."""
+        self._note(asked)
+        seen = self._seen()
+        return seen if seen.confirmed else seen.model_copy(update={"reason": "it is offline; it stays wanted"})
 
     # --- rotation --------------------------------------------------------------------------------------------------
 
@@ -252,6 +283,9 @@ class ScriptedLife:
             self.want_configuration,
             self.hint_configuration,
             self.end_configuration,
+            self.want_shadow,
+            self.check_shadow,
+            self.end_shadow,
             self.look_at_certificates,
             self.ask_for_rotation,
             self.settle_rotation,
