@@ -13,7 +13,7 @@ from datetime import timedelta
 from activities.examining import Examiner
 from activities.hinting import Hinter
 from activities.rollout_records import RolloutRecords
-from domain.verdicts import OVER, drive_verdict
+from domain.verdicts import OVER, drive_verdict, is_continuous
 from models.rollout import (
     DriveHeartbeat,
     DriveMode,
@@ -28,6 +28,9 @@ from models.rollout import (
 
 SWEEP_EVERY = timedelta(seconds=1)
 """Deadlines are minutes to days long; a second late is soon enough, and a sweep is a query."""
+
+JOIN_EVERY = timedelta(seconds=10)
+"""A device that comes to match a continuous job is part of it within this; looking is a scan of the registry."""
 
 BEAT_EVERY = timedelta(seconds=1)
 """Well within the heartbeat timeout."""
@@ -60,6 +63,8 @@ class WaveDriver:
     beat: Callable[[DriveHeartbeat], None]
     clock: Callable[[], float] = time.monotonic
     examiner: Examiner | None = None
+    join_every: timedelta = JOIN_EVERY
+    _join_at: float = 0.0
 
     async def drive(self) -> DriveWaveResult:
         """Drive until the verdict is not CONTINUE."""
@@ -71,6 +76,7 @@ class WaveDriver:
             if self.clock() >= sweep_at:
                 await self.records.sweep(asked.job_no)
                 sweep_at = self.clock() + SWEEP_EVERY.total_seconds()
+            await self._join()
             seen = await self.records.progress(asked.job_no, asked.wave)
             if self._is_to_open(seen):
                 await self.records.open_wave(asked.job_no, asked.wave)
@@ -92,6 +98,14 @@ class WaveDriver:
         counts = seen.wave.counts
         if self.examiner is not None:
             await self.examiner.look(counts.failed + counts.rejected + counts.timed_out)
+
+    async def _join(self) -> None:
+        """Take in devices that match by now. Whoever drives does it: one that is killed leaves nothing half done."""
+        if not is_continuous(self.asked.spec) or self.clock() < self._join_at:
+            return
+        if await self.records.join(self.asked.job_no):
+            self.hinter.wake(self.asked.wave)
+        self._join_at = self.clock() + self.join_every.total_seconds()
 
     def _is_to_open(self, seen: JobProgress) -> bool:
         """A wave is opened by its own driver, which saves a step between two waves; never while the job is paused."""

@@ -7,6 +7,7 @@ everything else is an infrastructure that will answer again, and is tried until 
 
 import asyncio
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -24,6 +25,7 @@ from domain.verdicts import OVER, tripped_verdict
 from models.errors import ConflictError, RefusedError, UnavailableError
 from models.rollout import (
     AdjustPaceInput,
+    CancelRunningInput,
     CheckPromotableInput,
     CloseWaveInput,
     DriveHeartbeat,
@@ -109,6 +111,11 @@ class RolloutActivities:
         await self.rollouts.set_pace(asked.job_no, asked.pace, asked.actor)
 
     @activity.defn
+    async def cancel_running(self, asked: CancelRunningInput) -> None:
+        """Cancel devices in progress of a job that admits nobody any more, and tell them. Idempotent: what is over stays."""
+        await self._tell(asked.job_no, await self.rollouts.cancel_running(asked.job_no, asked.reason))
+
+    @activity.defn
     async def finish_rollout(self, asked: FinishRolloutInput) -> FinishRolloutResult:
         """Close the job, after a drain where one is asked for. Idempotent: each step finds what is left to do.
 
@@ -123,7 +130,9 @@ class RolloutActivities:
         return await self.rollouts.finish(asked.job_no, asked.outcome, asked.reason)
 
     async def _tell_withdrawn(self, job_no: int) -> None:
-        devices = await self.rollouts.withdrawn(job_no)
+        await self._tell(job_no, await self.rollouts.withdrawn(job_no))
+
+    async def _tell(self, job_no: int, devices: Sequence[str]) -> None:
         try:
             for position, device in enumerate(devices):
                 if position % BATCH_OF_NOTICES == 0:
