@@ -131,6 +131,23 @@ async def test_a_device_is_asked_until_every_question_has_been_opened(db: Databa
     assert await chosen(fleet, db) == []
 
 
+async def test_a_rollout_that_ends_leaves_its_questions_to_those_who_wait_for_the_answers(db: Database) -> None:
+    fleet = await prepare(db, 1)
+    await fail(db, fleet.plan.job_no, "motor-1")
+    asked = question(fleet, "motor-1", DiagnosticType.SYSTEM_INFO, 1)
+    async with db.pool.connection() as connection:
+        await open_question(connection, asked)
+    await fleet.store.finish(fleet.plan.job_no, Outcome.HALTED, "halt")
+    async with db.pool.connection() as connection:
+        assert await answer_questions(connection, [DiagnosticAnswer("motor-1", asked.request_id, {"uptime": 1})]) == 1
+
+
+async def test_what_failed_a_day_ago_is_not_asked_about_any_more(db: Database) -> None:
+    fleet = await prepare(db, 1)
+    await fail(db, fleet.plan.job_no, "motor-1", ago=86_500)
+    assert await chosen(fleet, db) == []
+
+
 # --- asking ----------------------------------------------------------------------------------------------------------
 
 
