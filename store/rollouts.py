@@ -56,9 +56,10 @@ ORDER BY e.wave, e.rank
 """Not those that another job still wants something of: telling them that nothing waits would be untrue."""
 
 _UNANSWERED = """
-UPDATE diagnostics SET state = 'timed-out', error = 'its attempt ended without an answer'
-WHERE job_no = %s AND state = 'requested'
+UPDATE diagnostics d SET state = 'timed-out', error = 'its attempt ended without an answer' FROM jobs j
+WHERE d.job_no = %s AND d.state = 'requested' AND j.job_no = d.job_no AND j.operation = 'diagnostic'
 """
+"""Those of a diagnostic job: what a failed update is asked about has a workflow that ends it."""
 
 _CHUNK = 5000
 """Executions moved in one transaction where many move at once, so that the job's lock is held only briefly."""
