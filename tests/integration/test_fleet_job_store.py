@@ -267,6 +267,24 @@ async def test_config_sync_wants_the_configuration_of_its_devices_and_believes_o
     assert (failed.state, failed.reason) == (ExecutionState.FAILED, "reported success with configVersion 0, expected 1")
 
 
+async def test_a_configuration_is_wanted_in_parts_of_the_wave_that_opens_alone(
+    db: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store.jobplanning, "CONFIG_CHUNK", 4)
+    await add_devices(db, 20)
+    waves = [{"name": "first", "size": "50%"}, {"name": "rest", "size": "100%"}]
+    plan = await plan_job(db, job("sync", "config-sync", config={"interval": 5}, waves=waves))
+    wanted = await rows(
+        db,
+        "SELECT e.wave, count(*) FROM executions e JOIN devices d USING (device_id) WHERE d.desired_config_version = 1 "
+        "GROUP BY 1",
+    )
+    assert wanted == [(1, 10)]
+    await RolloutStore(db).open_wave(plan.job_no, 2)
+    assert await rows(db, "SELECT count(*) FROM devices WHERE desired_config = '{\"interval\": 5}'") == [(20,)]
+    assert await rows(db, "SELECT count(*) FROM device_configurations") == [(20,)]
+
+
 async def test_config_sync_without_a_configuration_is_for_devices_that_have_one_to_take(db: Database) -> None:
     await add_devices(db, 3)
     with pytest.raises(RefusedError, match="has a configuration to take"):
