@@ -409,3 +409,17 @@ async def test_without_the_look_at_time_a_next_attempt_would_come_at_once(
     why_not = Ledger.why_not
     monkeypatch.setattr(Ledger, "why_not", lambda self, execution, now: why_not(self, execution, now + 7200))
     assert await attempt(db, "motor-1", "_try", FAILED)
+
+
+async def test_a_rollout_grants_one_attempt_and_its_failures_are_kept_as_well(db: Database) -> None:
+    await add_devices(db, 2)
+    await add_release(db, generate_private_key())
+    plan = await RolloutStore(db).plan(PlanRolloutInput(spec=specification()))
+    await RolloutStore(db).open_wave(plan.job_no, 1)
+    assert await attempt(db, "motor-1", "motor-1_3_0", FAILED)
+    found = await rows(db, "SELECT device_id, attempt, state, reason, retry_at FROM execution_failures")
+    assert found == [("motor-1", 1, "FAILED", "no memory", None)]
+    assert await rows(db, "SELECT state, execution_number FROM executions WHERE device_id = 'motor-1'") == [
+        ("FAILED", 1)
+    ]
+    assert await miscounted(db, plan.job_no) == []
