@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 
+from activities.examining import Examiner
 from activities.hinting import Hinter
 from activities.rollout_records import RolloutRecords
 from domain.verdicts import OVER, drive_verdict, is_continuous
@@ -52,6 +53,7 @@ class WaveDriver:
     """See the module.
 
     Attributes:
+        examiner: asks devices that failed how they are.
         beat: called about every BEAT_EVERY with what to show; raises when this driver is to stop.
     """
 
@@ -60,6 +62,7 @@ class WaveDriver:
     hinter: Hinter
     beat: Callable[[DriveHeartbeat], None]
     clock: Callable[[], float] = time.monotonic
+    examiner: Examiner | None = None
     join_every: timedelta = JOIN_EVERY
     _join_at: float = 0.0
 
@@ -78,6 +81,7 @@ class WaveDriver:
             if self._is_to_open(seen):
                 await self.records.open_wave(asked.job_no, asked.wave)
                 continue
+            await self._examine(seen)
             verdict = drive_verdict(asked, seen)
             if verdict.verdict is not Verdict.CONTINUE:
                 return await self._end(verdict, seen)
@@ -89,6 +93,11 @@ class WaveDriver:
                 self.beat(self._shown(seen))
                 beat_at = self.clock() + BEAT_EVERY.total_seconds()
             await self.records.wait_for_change(asked.job_no, _patience(seen, sent, quiet).total_seconds())
+
+    async def _examine(self, seen: JobProgress) -> None:
+        counts = seen.wave.counts
+        if self.examiner is not None:
+            await self.examiner.look(counts.failed + counts.rejected + counts.timed_out)
 
     async def _join(self) -> None:
         """Take in devices that match by now. Whoever drives does it: one that is killed leaves nothing half done."""
@@ -109,6 +118,8 @@ class WaveDriver:
 
     async def _end(self, verdict: WaveVerdict, seen: JobProgress) -> DriveWaveResult:
         asked, wave = self.asked, seen.wave
+        if self.examiner is not None:
+            await self.examiner.look()
         soak_first = asked.mode is DriveMode.ANSWERING and asked.soaks and verdict.verdict is Verdict.PROMOTE
         recorded = wave.verdict is verdict.verdict and wave.reason == verdict.reason
         stopped_by_others = seen.job_status in OVER and seen.tripped_wave is None

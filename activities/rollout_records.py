@@ -81,6 +81,9 @@ class RolloutRecords(Protocol):
     async def finish(self, job_no: int, outcome: Outcome, reason: str, /) -> FinishRolloutResult:
         """Close the job."""
 
+    async def failures_to_diagnose(self, job_no: int, /) -> Sequence[tuple[str, int]]:
+        """Devices to ask about their failed attempt, bounded; none that was asked before."""
+
     async def wait_for_change(self, job_no: int, timeout: float, /) -> bool:
         """Return early when a wave of the job answered, ran empty or tripped."""
 

@@ -16,7 +16,9 @@ from temporalio import activity
 from temporalio.exceptions import ApplicationError, ApplicationErrorCategory
 
 from activities.driving import WaveDriver
+from activities.examining import Examiner
 from activities.hinting import Hinter
+from activities.lifecycle import DiagnosticFlows
 from activities.notices import withdrawn_notices
 from activities.rollout_records import NoticePublisher, RolloutRecords
 from domain.verdicts import OVER, tripped_verdict
@@ -49,10 +51,11 @@ log = structlog.get_logger()
 
 @dataclass
 class RolloutActivities:
-    """Collaborators: what is true of a rollout, and a way to tell devices."""
+    """Collaborators: what is true of a rollout, a way to tell devices, and, where it is given, one to ask them."""
 
     rollouts: RolloutRecords
     publisher: NoticePublisher
+    flows: DiagnosticFlows | None = None
 
     @activity.defn
     async def plan_rollout(self, asked: PlanRolloutInput) -> PlanRolloutResult:
@@ -78,7 +81,8 @@ class RolloutActivities:
     async def drive_wave(self, asked: DriveWaveInput) -> DriveWaveResult:
         """Open the wave, watch it, and record its verdict. Idempotent: it resumes from PostgreSQL (activities.driving)."""
         hinter = Hinter(self.rollouts, self.publisher)
-        return await WaveDriver(asked, self.rollouts, hinter, beat=_beat).drive()
+        examiner = Examiner(asked.job_no, self.rollouts, self.flows)
+        return await WaveDriver(asked, self.rollouts, hinter, beat=_beat, examiner=examiner).drive()
 
     @activity.defn
     async def close_wave(self, asked: CloseWaveInput) -> None:
@@ -122,6 +126,7 @@ class RolloutActivities:
             await self.rollouts.withdraw(asked.job_no, asked.reason)
             await self._tell_withdrawn(asked.job_no)
             await self._drain(asked.job_no)
+        await Examiner(asked.job_no, self.rollouts, self.flows).look()
         return await self.rollouts.finish(asked.job_no, asked.outcome, asked.reason)
 
     async def _tell_withdrawn(self, job_no: int) -> None:

@@ -168,6 +168,20 @@ class Ledger:
             self._move(execution, state, now)
         return None
 
+    def has_applied(self, execution: ExecutionRow | None, report: Report) -> bool:
+        """Whether a report that is delivered again is the one that brought the execution to where it is.
+
+        Success may have been judged to be none. An expected version is that from before the report.
+        """
+        if execution is None or report.execution_number not in (None, execution.execution_number):
+            return False
+        judged = report.status is ExecutionState.SUCCEEDED and execution.state is ExecutionState.FAILED
+        return (
+            (execution.state is report.status or judged)
+            and report.details in (None, execution.details)
+            and report.expected_version in (None, execution.version_number - 1)
+        )
+
     def expire(self, execution: ExecutionRow, now: float) -> bool:
         """TIMED_OUT when its deadline has passed. Returns whether it was.
 

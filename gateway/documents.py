@@ -115,6 +115,13 @@ class Documents:
         deltas = delta[1] if delta else b"[]"
         return orjson.Fragment(b'%b,"deltas":%b,"order":%b}' % (template.common, deltas, envelope))
 
+    def preview(self, execution: ExecutionRow) -> orjson.Fragment:
+        """The document without an order: what waits for the device, on which it cannot act yet."""
+        template = self._templates[execution.job_no]
+        if isinstance(template, _TaskTemplate):
+            return orjson.Fragment(orjson.dumps({"operation": template.operation.value, **template.payload}))
+        return orjson.Fragment(template.common + b"}")
+
     def sign_command(self, pending: PendingCommand, now: int) -> dict[str, Any]:
         """The DSSE envelope of a command, signed now; valid as long as the command is wanted, and for minutes at most."""
         command = Command(

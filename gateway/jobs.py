@@ -63,7 +63,8 @@ def _update(request: Request, ledger: Ledger, documents: Documents, now: float) 
     if request.duplicate:
         report = dataclasses.replace(report, repeated=True)
     execution = ledger.find(topic.job_id, topic.thing)
-    refusal = ledger.report(execution, report, now)
+    applied = request.duplicate and ledger.has_applied(execution, report)
+    refusal = None if applied else ledger.report(execution, report, now)
     if refusal is not None:
         return [_rejection(topic, request.token, refusal, now, execution)]
     assert execution is not None
@@ -108,15 +109,21 @@ def notifications(thing: str, ledger: Ledger, now: float) -> list[Outgoing]:
 
 
 def describe(execution: ExecutionRow, ledger: Ledger, documents: Documents, now: float) -> dict[str, Any]:
-    """An `Exec`. The document comes with an order only while the device may act on it: IN_PROGRESS."""
+    """An `Exec`. The document has an order only while the device may act on it: IN_PROGRESS.
+
+    A queued one has the rest of the document: AWS's first SDK for Node.js hands no job without a document on.
+    """
     described = {
         **_summary(execution, ledger),
         "thingName": execution.device_id,
         "status": execution.state.value,
         "statusDetails": execution.details or {},
     }
-    if execution.state is ExecutionState.IN_PROGRESS and documents.has(execution.job_no):
-        described["jobDocument"] = documents.render(execution, ledger.jobs[execution.job_no], int(now))
+    if documents.has(execution.job_no):
+        if execution.state is ExecutionState.IN_PROGRESS:
+            described["jobDocument"] = documents.render(execution, ledger.jobs[execution.job_no], int(now))
+        elif execution.state is ExecutionState.QUEUED:
+            described["jobDocument"] = documents.preview(execution)
     return described
 
 

@@ -17,7 +17,8 @@ from psycopg import AsyncConnection
 from psycopg.rows import class_row
 from psycopg.types.json import Jsonb
 
-from domain.configurations import MAX_CONFIG_BYTES, MAX_CONFIG_DEPTH, ConfigReport, ConfigState, DeviceConfig, depth_of
+from domain.configurations import MAX_CONFIG_BYTES, MAX_CONFIG_DEPTH, ConfigReport, ConfigState, DeviceConfig
+from domain.differences import depth_of
 from domain.strict_json import parse_object
 from models.errors import InvalidInputError, NotFoundError
 from models.identity import ConfigurationView, DeviceHappening

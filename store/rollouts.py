@@ -15,6 +15,7 @@ from psycopg.types.json import Jsonb
 
 from domain.admission import FIRMWARE_UPDATE
 from models.artifacts import DeltaRef
+from models.diagnostics import CauseView
 from models.errors import NotFoundError, RefusedError
 from models.protocol import ExecutionState, FailureClass
 from models.rollout import (
@@ -32,6 +33,7 @@ from models.rollout import (
 )
 from models.spec import PaceSpec
 from models.views import EventView, ExecutionView, RolloutView
+from store.causes import causes, failures_to_diagnose
 from store.engine import Database, fetch_one
 from store.events import append_event
 from store.executions import CHANNEL, load_expired, load_running, load_withdrawable, save
@@ -356,6 +358,11 @@ class RolloutStore:
             finally:
                 await asyncio.shield(_quiet(connection))
 
+    async def failures_to_diagnose(self, job_no: int) -> list[tuple[str, int]]:
+        """(device, attempt) of failed updates whose devices are to be asked: see store.causes."""
+        async with self.db.pool.connection() as connection:
+            return [(each.device_id, each.attempt) for each in await failures_to_diagnose(connection, job_no)]
+
     # --- what is shown -----------------------------------------------------------------------------------------------
 
     async def events(self, job_no: int, limit: int = 100) -> list[EventView]:
@@ -382,6 +389,11 @@ class RolloutStore:
             ).fetchall()
             failures = {FailureClass(name): count for name, count in rows}
             return views[0].model_copy(update={"failures": failures})
+
+    async def causes(self, job_no: int) -> list[CauseView]:
+        """Its failures by cause, the most frequent first."""
+        async with self.db.pool.connection() as connection:
+            return await causes(connection, job_no)
 
     async def list_rollouts(self, limit: int = 100) -> list[RolloutView]:
         """The newest rollouts first, without failures by class."""

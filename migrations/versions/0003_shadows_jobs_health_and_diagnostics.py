@@ -17,6 +17,15 @@ CREATE TRIGGER alerts_changed AFTER UPDATE ON alerts FOR EACH ROW
   WHEN (OLD.state IS DISTINCT FROM NEW.state) EXECUTE FUNCTION note_alert_change();
 """
 
+_FIRST_RULES = """
+INSERT INTO alert_rules (name, severity, created_by, spec) VALUES
+('overheating', 'critical', 'tidegate',
+ '{"name": "overheating", "metric": "cpuTemperature", "comparison": ">", "threshold": 80, "heartbeats": 2, "clear": 75,
+   "clear_heartbeats": 3, "severity": "critical"}'),
+('high-error-rate', 'warning', 'tidegate',
+ '{"name": "high-error-rate", "metric": "errorCount", "comparison": ">", "threshold": 100, "severity": "warning"}')
+"""
+
 revision = "0003"
 down_revision = "0002"
 branch_labels = None
@@ -42,6 +51,8 @@ def upgrade() -> None:
         unique=False,
         postgresql_where=sa.text("handed_over_at IS NULL"),
     )
+    op.create_index("alert_notifications_told", "alert_notifications", ["handed_over_at"], unique=False)
+    op.create_index("alert_notifications_of_alert", "alert_notifications", ["alert_no"], unique=False)
     op.create_table(
         "alert_progress",
         sa.Column("device_id", sa.Text(), nullable=False),
@@ -118,7 +129,7 @@ def upgrade() -> None:
         "heartbeats",
         sa.Column("device_id", sa.Text(), nullable=False),
         sa.Column("at", sa.DateTime(timezone=True), nullable=False),
-        sa.Column("beat_no", sa.SmallInteger(), server_default="0", nullable=False),
+        sa.Column("beat_no", sa.Integer(), server_default="0", nullable=False),
         sa.Column("device_time", sa.DateTime(timezone=True), nullable=True),
         sa.Column("uptime", sa.BigInteger(), nullable=True),
         sa.Column("free_memory", sa.BigInteger(), nullable=True),
@@ -128,9 +139,9 @@ def upgrade() -> None:
         sa.Column("error_count", sa.BigInteger(), nullable=True),
         sa.Column("boot_id", sa.Text(), nullable=True),
         sa.Column("extra", postgresql.JSONB(astext_type=sa.Text()), nullable=True),
-        sa.PrimaryKeyConstraint("device_id", "at", "beat_no"),
         postgresql_partition_by="RANGE (at)",
     )
+    op.create_index("heartbeats_of_device", "heartbeats", ["device_id"], unique=False)
     op.create_table(
         "ingest_state",
         sa.Column("source", sa.Text(), nullable=False),
@@ -204,6 +215,7 @@ def upgrade() -> None:
         # What no day's partition is there for goes here, so that nothing is lost while nobody makes one.
         op.execute(f"CREATE TABLE {table}_default PARTITION OF {table} DEFAULT")
     op.execute(_TELL_OF_ALERTS)
+    op.execute(_FIRST_RULES)
 
 
 def downgrade() -> None:
@@ -244,6 +256,7 @@ def downgrade() -> None:
     op.drop_table("shadows")
     op.drop_table("shadow_history")
     op.drop_table("ingest_state")
+    op.drop_index("heartbeats_of_device", table_name="heartbeats")
     op.drop_table("heartbeats")
     op.drop_index("execution_failures_of_job", table_name="execution_failures")
     op.drop_table("execution_failures")
@@ -253,6 +266,8 @@ def downgrade() -> None:
     op.drop_table("device_types")
     op.drop_table("alert_rules")
     op.drop_table("alert_progress")
+    op.drop_index("alert_notifications_of_alert", table_name="alert_notifications")
+    op.drop_index("alert_notifications_told", table_name="alert_notifications")
     op.drop_index(
         "alert_notifications_waiting",
         table_name="alert_notifications",
