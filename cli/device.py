@@ -22,6 +22,7 @@ from models.health import DeviceShown
 from models.quantities import parse_duration
 from store.health import HealthStore
 from store.registry import Registry
+from store.shadows import list_shadows
 
 app = typer.Typer(
     help="Devices: import, list, show, look up, enrol one by hand, configure, rotate, decommission.",
@@ -129,11 +130,15 @@ async def show_device(
         registry = Registry(db)
         device = await (registry.get(device_id) if device_id is not None else registry.get_by_serial(serial or ""))
         presence = await HealthStore(db).presence(device.device_id)
+        async with db.pool.connection() as connection:
+            shadows = await list_shadows(connection, device.device_id)
     limit, now = timedelta(minutes=session.settings.offline_minutes), datetime.now(UTC)
     session.out.result(
         DeviceShown(**device.model_dump(), presence=presence),
         facts([*_facts_of(device), *presence_facts(presence, limit, now)]),
     )
+    if shadows:
+        session.out.say(f"its shadows: 'shadow list {device.device_id}'")
 
 
 @command(app, "lookup")
@@ -222,13 +227,14 @@ def filter_of(
     version: list[str],
     id_: list[str],
     inactive: str | None,
+    doing: str = "list devices",
 ) -> DeviceFilter:
-    """The options of `device list` as a filter; raises SpecError naming each option that is wrong."""
+    """The options of `device list`, and of others, as a filter; raises SpecError naming each option that is wrong."""
     tags: dict[str, str] = {}
     for written in tag:
         key, condition = tag_of(written)
         if key in tags:
-            raise InvalidInputError(f"cannot list devices: --tag {printable(key)} is given twice, expected once")
+            raise InvalidInputError(f"cannot {doing}: --tag {printable(key)} is given twice, expected once")
         tags[key] = condition
     try:
         minutes = None if inactive is None else max(1, -(-int(parse_duration(inactive).total_seconds()) // 60))
@@ -244,7 +250,7 @@ def filter_of(
     except ValidationError as error:
         raise SpecError("options", [Mistake(path_of(f.where), f.message) for f in faults_of(error)]) from error
     except (ValueError, OverflowError) as error:
-        raise InvalidInputError(f"cannot list devices: --inactive: {error}") from error
+        raise InvalidInputError(f"cannot {doing}: --inactive: {error}") from error
 
 
 def tag_of(written: str) -> tuple[str, str]:
