@@ -34,7 +34,9 @@ from activities.cache import CacheRelay
 from activities.channels import load_channels
 from activities.configuration import ConfigurationActivities
 from activities.decommission import DecommissionActivities
+from activities.diagnostics import DiagnosticActivities
 from activities.enrolment_hook import EnrolmentHook
+from activities.fleet_jobs import FleetJobActivities
 from activities.fleet_rotation import FleetRotationActivities
 from activities.health import HealthActivities
 from activities.notification_relay import NotificationRelay
@@ -43,6 +45,7 @@ from activities.provisioning import IssuingActivities, ProvisioningActivities
 from activities.relay import OutboxRelay
 from activities.rollouts import RolloutActivities
 from activities.rotation import RotationActivities
+from activities.shadow import ShadowActivities
 from activities.signing import CertificateSigner
 from models.alerting import NotifyInput
 from models.errors import InvalidInputError, TidegateError, UnavailableError
@@ -53,17 +56,22 @@ from pki.signer import FileKeyStore, key_store
 from store.configuring import ConfiguringStore
 from store.decommission import DecommissionStore
 from store.deltas import DeltaStore
+from store.diagnostics import DiagnosticStore
 from store.engine import Database
+from store.fleetjobs import FleetJobStore
 from store.notifications import NotificationStore
 from store.provisioning import ProvisioningStore
 from store.rollouts import RolloutStore
 from store.rotation import RotationStore
+from store.shadow_syncing import ShadowSyncStore
 from transport.publisher import Publisher
 from transport.retained import RetainedMessages
 from workflows import options
 from workflows.client import connect, ensure_schedules, register_search_attributes
 from workflows.configuration import ConfigurationWorkflow
 from workflows.decommission import DecommissionWorkflow
+from workflows.diagnostic import DiagnosticWorkflow
+from workflows.fleet_job import FleetJobWorkflow
 from workflows.fleet_rotation import FleetRotationWorkflow
 from workflows.lifecycle_client import ROTATION_SCHEDULE, TemporalFlows, ensure_rotation_schedule
 from workflows.notification import NotificationWorkflow
@@ -75,6 +83,7 @@ from workflows.retention import RetentionWorkflow
 from workflows.rollout import RolloutWorkflow
 from workflows.rotation import CertificateRotationWorkflow
 from workflows.sandbox import runner
+from workflows.shadow_sync import ShadowSyncWorkflow
 from workflows.upkeep import CrlUpkeepWorkflow
 from workflows.wave import WaveWorkflow
 
@@ -132,6 +141,8 @@ class Lifecycle:
     rotation: RotationActivities
     decommission: DecommissionActivities
     fleet: FleetRotationActivities
+    shadow: ShadowActivities
+    diagnostics: DiagnosticActivities
 
     @classmethod
     def of(cls, db: Database, client: Client, publisher: Publisher, settings: Settings) -> "Lifecycle":
@@ -142,12 +153,15 @@ class Lifecycle:
             RotationActivities(certificates, publisher),
             DecommissionActivities(DecommissionStore(db), flows, publisher, RetainedMessages(settings)),
             FleetRotationActivities(certificates, flows),
+            ShadowActivities(ShadowSyncStore(db), publisher),
+            DiagnosticActivities(DiagnosticStore(db), publisher),
         )
 
     @property
     def short(self) -> list[Callable[..., Any]]:
         """Of one transaction, or a few seconds at most."""
         configuration, rotation, decommission = self.configuration, self.rotation, self.decommission
+        diagnostics = self.diagnostics
         return [
             configuration.want_configuration,
             configuration.hint_configuration,
@@ -157,6 +171,9 @@ class Lifecycle:
             rotation.settle_rotation,
             rotation.give_up_rotation,
             rotation.revert_rotation,
+            self.shadow.want_shadow,
+            self.shadow.check_shadow,
+            self.shadow.end_shadow,
             decommission.begin_decommission,
             decommission.stop_flows,
             decommission.ask_to_wipe,
@@ -164,6 +181,10 @@ class Lifecycle:
             decommission.clear_retained,
             decommission.alert_retained_left,
             decommission.end_decommission,
+            diagnostics.open_question,
+            diagnostics.publish_question,
+            diagnostics.end_question,
+            diagnostics.look_at_boot,
         ]
 
     @property
@@ -177,6 +198,8 @@ LIFECYCLE_WORKFLOWS: list[type] = [
     CertificateRotationWorkflow,
     DecommissionWorkflow,
     FleetRotationWorkflow,
+    ShadowSyncWorkflow,
+    DiagnosticWorkflow,
 ]
 HEALTH_WORKFLOWS: list[type] = [OfflineSweepWorkflow, RetentionWorkflow]
 
@@ -189,6 +212,7 @@ def workers(
     provisioning: ProvisioningActivities,
     lifecycle: Lifecycle,
     health: HealthActivities,
+    jobs: FleetJobActivities,
     authorities: AuthorityActivities | None = None,
     issuing: IssuingActivities | None = None,
     notifying: NotifyingActivities | None = None,
@@ -204,6 +228,7 @@ def workers(
         workflows=[
             RolloutWorkflow,
             WaveWorkflow,
+            FleetJobWorkflow,
             ProvisioningWorkflow,
             ReissueCertificateWorkflow,
             CrlUpkeepWorkflow,
@@ -213,6 +238,7 @@ def workers(
         ],
         activities=[
             rollouts.plan_rollout,
+            jobs.plan_fleet_job,
             rollouts.write_plain_document,
             rollouts.close_wave,
             rollouts.check_promotable,
@@ -236,7 +262,7 @@ def workers(
     dispatch = Worker(
         client,
         task_queue=options.DISPATCH_QUEUE,
-        activities=[rollouts.drive_wave, rollouts.finish_rollout, *lifecycle.lasting],
+        activities=[rollouts.drive_wave, rollouts.finish_rollout, rollouts.cancel_running, *lifecycle.lasting],
         max_concurrent_activities=DRIVERS,
         max_heartbeat_throttle_interval=BEAT_THROTTLE,
         **common,
@@ -360,12 +386,13 @@ async def serve(settings: Settings) -> None:
             issuing = IssuingActivities(ProvisioningStore(db), signer)
         running = workers(
             client,
-            RolloutActivities(store, publisher),
+            RolloutActivities(store, publisher, TemporalFlows(client)),
             ArtifactActivities(ArtifactStore.of(settings), DeltaStore(db), store),
             AuthorityWatch(db),
             ProvisioningActivities(ProvisioningStore(db), EnrolmentHook(settings.enrolment_hook_url)),
             Lifecycle.of(db, client, publisher, settings),
             HealthActivities.of(db, settings),
+            FleetJobActivities(FleetJobStore(db)),
             authorities,
             issuing,
             notifying,

@@ -22,6 +22,7 @@ from models.health import DeviceShown
 from models.quantities import parse_duration
 from store.health import HealthStore
 from store.registry import Registry
+from store.shadows import list_shadows
 
 app = typer.Typer(
     help="Devices: import, list, show, look up, enrol one by hand, configure, rotate, decommission.",
@@ -129,11 +130,15 @@ async def show_device(
         registry = Registry(db)
         device = await (registry.get(device_id) if device_id is not None else registry.get_by_serial(serial or ""))
         presence = await HealthStore(db).presence(device.device_id)
+        async with db.pool.connection() as connection:
+            shadows = await list_shadows(connection, device.device_id)
     limit, now = timedelta(minutes=session.settings.offline_minutes), datetime.now(UTC)
     session.out.result(
         DeviceShown(**device.model_dump(), presence=presence),
         facts([*_facts_of(device), *presence_facts(presence, limit, now)]),
     )
+    if shadows:
+        session.out.say(f"its shadows: 'shadow list {device.device_id}'")
 
 
 @command(app, "lookup")

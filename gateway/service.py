@@ -12,7 +12,6 @@
 
 import asyncio
 import collections
-import dataclasses
 import secrets
 import time
 from collections.abc import Iterable, Sequence
@@ -32,7 +31,8 @@ from gateway.documents import Documents
 from gateway.jobs import Outgoing, answer, reject
 from gateway.pulse import Pulse, note_pulses
 from gateway.requests import BadRequest, Request, parse_request
-from gateway.shadow import answer_about_shadows, reject_shadow
+from gateway.shadow import MAX_IN_FLIGHT, TOO_MANY, answer_about_shadows, reject_shadow
+from gateway.shadow_requests import token_of
 from models.identity import DeviceHappening
 from models.protocol import ErrorCode, RequestTopic, Verb, parse_request_topic
 from models.settings import Settings
@@ -49,7 +49,7 @@ from store.devicetraffic import (
 from store.engine import Database
 from store.executions import Batch, load_in_pipeline, save_in_pipeline
 from store.waits import happened
-from transport.connection import Connection
+from transport.connection import Connection, Receipt
 
 log = structlog.get_logger("gateway")
 
@@ -59,6 +59,9 @@ PUBLISHED = Counter("tidegate_gateway_published_total", "Messages to devices.")
 BARRED = Counter("tidegate_gateway_barred_total", "Messages of barred devices, which change nothing.")
 RETAINED = Counter("tidegate_gateway_retained_total", "Messages that the broker had kept, which change nothing.")
 CLONES = Counter("tidegate_gateway_clones_total", "Devices barred because their identity is used twice.")
+THROTTLED = Counter(
+    "tidegate_gateway_throttled_total", "Shadow requests rejected because too many of their device were unanswered."
+)
 RETRIES = Counter("tidegate_gateway_batch_retries_total", "Batches tried again because PostgreSQL was away.")
 WAITING = Gauge("tidegate_gateway_waiting_messages", "Messages that wait for their batch.")
 BATCH_SIZE = Histogram("tidegate_gateway_batch_messages", "Messages in a batch.", buckets=(1, 5, 20, 100, 500, 2000))
@@ -68,6 +71,9 @@ BATCH_SECONDS = Histogram(
     buckets=(0.005, 0.02, 0.1, 0.5, 2),
 )
 RETRY_SECONDS = 0.5
+MAX_TOPICS = 16_384
+"""Topics of heartbeats that are kept taken apart; they come again and again."""
+_NO_TOPIC = BadRequest(ErrorCode.INVALID_TOPIC, "no request has this topic")
 _CONFIG_VERBS = frozenset({Verb.CONFIG_GET, Verb.CONFIG_UPDATE})
 _COMMAND_VERBS = frozenset({Verb.COMMAND_GET, Verb.COMMAND_RESPONSE})
 _SHADOW_VERBS = frozenset({Verb.SHADOW_GET, Verb.SHADOW_UPDATE, Verb.SHADOW_DELETE})
@@ -77,14 +83,17 @@ _AWAY = (psycopg.OperationalError, PoolTimeout, psycopg.errors.DeadlockDetected)
 
 @dataclass(slots=True)
 class Inbound:
-    """A message and the promise to acknowledge it."""
+    """A message, what it says, and what its acknowledgement takes."""
 
     topic: RequestTopic | None
     raw_topic: str
     payload: bytes
-    done: asyncio.Future[None]
-    duplicate: bool = False
-    """The broker says that it may have delivered this before."""
+    said: Request | BadRequest
+    receipt: Receipt
+    counted: bool = False
+    """A shadow request in flight."""
+    throttled: bool = False
+    """One too many."""
 
 
 @dataclass(slots=True)
@@ -100,6 +109,8 @@ class Read:
     beats: Beats = field(default_factory=Beats)
     pulses: list[Pulse] = field(default_factory=list)
     bad: list[tuple[Inbound, BadRequest]] = field(default_factory=list)
+    throttled: list[tuple[Inbound, BadRequest]] = field(default_factory=list)
+    """What is rejected without having been looked at, and is not kept."""
 
     def add(self, request: Request) -> None:
         """Sort a request in."""
@@ -137,6 +148,7 @@ class Read:
             beats=self.beats.without(barred),
             pulses=self.pulses,
             bad=[(inbound, bad) for inbound, bad in self.bad if not inbound.topic or inbound.topic.thing not in barred],
+            throttled=[(i, bad) for i, bad in self.throttled if not i.topic or i.topic.thing not in barred],
         )
 
 
@@ -151,32 +163,70 @@ class Gateway:
     waiting: list[Inbound] = field(default_factory=list)
     judge: Judge = field(default_factory=Judge)
     _arrived: asyncio.Event = field(default_factory=asyncio.Event)
+    _first_at: float = 0.0
+    """Since when the next batch has been gathering."""
+    _topics: dict[str, RequestTopic] = field(default_factory=dict)
     _paused: bool = False
     name: str = field(default_factory=lambda: secrets.token_hex(8))
     """What tells this gateway's pulses from those of others."""
     _clones: set[str] = field(default_factory=set)
     """Devices found to be two, to be barred once the batch that found it has been committed."""
+    _in_flight: dict[str, int] = field(default_factory=dict)
+    """Shadow requests that have come and are not answered yet, by device."""
 
-    async def receive(
-        self, topic: str | bytes, payload: bytes, retained: bool = False, duplicate: bool = False
-    ) -> None:
-        """The handler of every message: returns, and so acknowledges it, when it has been used."""
+    def receive(self, topic: str, payload: bytes, retained: bool, duplicate: bool, receipt: Receipt) -> None:
+        """The handler of every message, which keeps it for its batch."""
         if retained:
             RETAINED.inc()
+            self.connection.acknowledge([receipt])
             return
-        text = topic if isinstance(topic, str) else topic.decode("utf-8", "replace")
-        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        inbound = Inbound(parse_request_topic(text), text, payload, done, duplicate)
+        parsed = self._parse_topic(topic)
+        said = _NO_TOPIC if parsed is None else parse_request(parsed, payload)
+        if duplicate and isinstance(said, Request):
+            said.duplicate = True
+        if not self.waiting:
+            self._first_at = time.monotonic()
+        inbound = Inbound(parsed, topic, payload, said, receipt)
+        if parsed is not None and parsed.verb in _SHADOW_VERBS:
+            self._count_in(inbound, parsed.thing, duplicate)
         self.waiting.append(inbound)
         self._arrived.set()
         if not self._paused and len(self.waiting) >= self.settings.gateway_queue_messages:
             self._paused = True
             self.connection.pause(True)
             log.warning("queue full, reading stopped", waiting=len(self.waiting))
-        await inbound.done
+
+    def _parse_topic(self, topic: str) -> RequestTopic | None:
+        if (known := self._topics.get(topic)) is not None:
+            return known
+        parsed = parse_request_topic(topic)
+        if parsed is not None and parsed.verb is Verb.HEARTBEAT:
+            if len(self._topics) >= MAX_TOPICS:
+                self._topics.clear()
+            self._topics[topic] = parsed
+        return parsed
+
+    def _count_in(self, inbound: Inbound, thing: str, duplicate: bool) -> None:
+        """What comes again has been let in before: it may have been applied, and a rejection would deny that."""
+        number = self._in_flight.get(thing, 0)
+        inbound.throttled = number >= MAX_IN_FLIGHT and not duplicate
+        if not inbound.throttled:
+            inbound.counted = True
+            self._in_flight[thing] = number + 1
+
+    def _count_out(self, inbound: Inbound) -> None:
+        assert inbound.topic is not None
+        inbound.counted, thing = False, inbound.topic.thing
+        self._in_flight[thing] -= 1
+        if not self._in_flight[thing]:
+            del self._in_flight[thing]
 
     async def run(self, stop: asyncio.Event) -> None:
-        """Handle batches until `stop` is set and nothing waits."""
+        """Handle batches until `stop` is set and nothing waits.
+
+        A batch gathers messages for a moment from its first one on. What has come while the last batch was at work has
+        waited already, so the busier the gateway is the larger are its batches, and it never rests between them.
+        """
         pause = self.settings.gateway_batch_milliseconds / 1000
         while not (stop.is_set() and not self.waiting):
             if stop.is_set():
@@ -186,9 +236,10 @@ class Gateway:
                 await _first(self._arrived, stop)
                 continue
             if len(self.waiting) < self.settings.gateway_batch_messages and not stop.is_set():
-                await asyncio.sleep(pause)
+                await asyncio.sleep(max(0.0, self._first_at + pause - time.monotonic()))
             batch = self.waiting[: self.settings.gateway_batch_messages]
             del self.waiting[: len(batch)]
+            self._first_at = time.monotonic()
             WAITING.set(len(self.waiting))
             if self._paused and len(self.waiting) < self.settings.gateway_queue_messages // 2:
                 self._paused = False
@@ -223,8 +274,9 @@ class Gateway:
             self.connection.publish(topic, payload)
         PUBLISHED.inc(len(outgoing))
         for inbound in batch:
-            if not inbound.done.done():
-                inbound.done.set_result(None)
+            if inbound.counted:
+                self._count_out(inbound)
+        self.connection.acknowledge(inbound.receipt for inbound in batch)
         await self._bar_clones()
 
     async def _bar_clones(self) -> None:
@@ -242,10 +294,8 @@ class Gateway:
                 log.warning("device barred", device=thing, reason=reason)
 
     async def _give_up_on(self, inbound: Inbound, error: Exception) -> list[Outgoing]:
-        parsed = parse_request(inbound.topic, inbound.payload) if inbound.topic else None
-        token = parsed.token if parsed else None
         message = "the request could not be handled; it has been kept"
-        bad = BadRequest(ErrorCode.INTERNAL_ERROR, message, token, shadow_code=500)
+        bad = BadRequest(ErrorCode.INTERNAL_ERROR, message, inbound.said.token, shadow_code=500)
         thing = inbound.topic.thing if inbound.topic else None
         async with self.db.pool.connection() as connection:
             await share_access(connection)
@@ -261,7 +311,7 @@ class Gateway:
     async def _transact(self, inbounds: Sequence[Inbound]) -> list[Outgoing]:
         """One transaction over a batch. Returns what to publish once it has committed."""
         read = _read(inbounds)
-        asked_of = read.things | {inbound.topic.thing for inbound, _ in read.bad if inbound.topic}
+        asked_of = read.things | {i.topic.thing for i, _ in (*read.bad, *read.throttled) if i.topic}
         outgoing: list[Outgoing] = []
         async with self.db.pool.connection() as connection, connection.pipeline():
             await share_access(connection)
@@ -295,6 +345,10 @@ class Gateway:
             QUARANTINED.labels(reason.code.value).inc()
             if inbound.topic is not None:
                 outgoing += _reject(inbound.topic, reason, now)
+        THROTTLED.inc(len(read.throttled))
+        for inbound, reason in read.throttled:
+            if inbound.topic is not None:
+                outgoing += reject_shadow(inbound.topic, reason, now)
         return outgoing
 
     async def _load(self, connection: psycopg.AsyncConnection, requests: Sequence[Request]) -> Batch:
@@ -356,20 +410,21 @@ class Gateway:
 
 
 def _read(inbounds: Sequence[Inbound]) -> Read:
-    """The messages of a batch, judged by themselves."""
+    """The messages of a batch, sorted."""
     verbs: collections.Counter[str] = collections.Counter()
     read = Read()
     for inbound in inbounds:
-        parsed = (
-            BadRequest(ErrorCode.INVALID_TOPIC, "no request has this topic")
-            if inbound.topic is None
-            else parse_request(inbound.topic, inbound.payload)
-        )
-        verbs[inbound.topic.verb.value if inbound.topic else "unknown"] += 1
-        if isinstance(parsed, Request):
-            read.add(dataclasses.replace(parsed, duplicate=True) if inbound.duplicate else parsed)
+        if inbound.throttled:
+            bad = BadRequest(ErrorCode.REQUEST_THROTTLED, TOO_MANY, token_of(inbound.payload), 429)
+            read.throttled.append((inbound, bad))
+        elif isinstance(inbound.said, Request):
+            read.add(inbound.said)
+            if inbound.said.heartbeat is not None:
+                continue  # the many; counted at the end
         else:
-            read.bad.append((inbound, parsed))
+            read.bad.append((inbound, inbound.said))
+        verbs[inbound.topic.verb.value if inbound.topic else "unknown"] += 1
+    verbs[Verb.HEARTBEAT.value] += len(inbounds) - verbs.total()
     for verb, number in verbs.items():
         MESSAGES.labels(verb).inc(number)
     return read

@@ -93,6 +93,18 @@ FIRST_WIPE_REMINDER = timedelta(seconds=10)
 RAREST_WIPE_REMINDER = timedelta(minutes=2)
 """A decommissioning waits for minutes, not for days."""
 
+FIRST_SHADOW_REMINDER = timedelta(seconds=5)
+"""Somebody waits, and what was lost on the way is sent again at once; then ever more rarely."""
+
+SHADOW_REST = timedelta(seconds=1)
+"""Between two looks at a device that reports something else all the time."""
+QUESTION_REPEATS = 2
+"""How often a diagnostic request is sent again within its time: devices know it by its id, and answer once."""
+
+BOOT_LOOK = timedelta(seconds=20)
+"""Between two looks at whether a device has booted, where no heartbeat tells: one that came in the moment of the wait's
+own beginning does not."""
+
 # --- timeouts --------------------------------------------------------------------------------------------------------
 
 SHORT_TIMEOUT = timedelta(seconds=30)
@@ -195,6 +207,13 @@ RETENTION_LIMIT = timedelta(minutes=50)
 CATCH_UP = timedelta(minutes=5)
 """A round that was missed is not made up for: the next one does the same. Temporal's default is a year."""
 
+JOB_CATCH_UP = timedelta(minutes=10)
+"""A job that was missed while Temporal was away is made up for within this; later it would come at a time that nobody
+has chosen."""
+
+AT_ONCE = timedelta(0)
+"""A time that is not later than this ahead has come."""
+
 # --- what a person sees ------------------------------------------------------------------------------------------------
 
 KIND_ROLLOUT = "rollout"
@@ -206,6 +225,8 @@ KIND_ROTATION = "rotation"
 KIND_DECOMMISSION = "decommission"
 KIND_UPKEEP = "upkeep"
 KIND_JOB = "job"
+JOB_SCHEDULE = "job-schedule"
+"""Kind of a schedule of jobs."""
 KIND_SHADOW = "shadow"
 KIND_DIAGNOSTIC = "diagnostic"
 KIND_NOTIFICATION = "notification"

@@ -581,8 +581,8 @@ async def test_without_the_look_at_the_flag_a_kept_message_counts(
 ) -> None:
     original = gateway.service.Gateway.receive
 
-    async def blind(self: Any, topic: Any, payload: bytes, retained: bool = False, duplicate: bool = False) -> None:
-        await original(self, topic, payload, False, duplicate)
+    def blind(self: Any, topic: Any, payload: bytes, retained: bool, duplicate: bool, receipt: Any) -> None:
+        original(self, topic, payload, False, duplicate, receipt)
 
     monkeypatch.setattr(gateway.service.Gateway, "receive", blind)
     spoil(monkeypatch, "_RECORD_DOUBTFUL", "WHERE NOT EXISTS", "WHERE true OR NOT EXISTS")

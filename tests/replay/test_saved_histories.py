@@ -16,6 +16,7 @@ from tests.replay.life_scenarios import LIVES
 from tests.replay.record import SCENARIOS
 from tests.replay.scenarios import REAL
 from worker import HEALTH_WORKFLOWS, LIFECYCLE_WORKFLOWS
+from workflows.fleet_job import FleetJobWorkflow
 from workflows.notification import NotificationWorkflow
 from workflows.provisioning import ProvisioningWorkflow
 from workflows.reissue import ReissueCertificateWorkflow
@@ -27,6 +28,7 @@ HISTORIES = Path(__file__).parent / "histories"
 ALL = (
     RolloutWorkflow,
     WaveWorkflow,
+    FleetJobWorkflow,
     ProvisioningWorkflow,
     ReissueCertificateWorkflow,
     NotificationWorkflow,
