@@ -232,9 +232,12 @@ class JobsClient:
         receiving.result()
         return False
 
-    async def start_next(self) -> Execution | None:
-        """Ask for work: the execution in progress, else the next one. Raises UnansweredError, RejectedError."""
-        return parse_execution(await self.request("start-next", body={}))
+    async def start_next(self, **details: str) -> Execution | None:
+        """Ask for work: the execution in progress, else the next one. Raises UnansweredError, RejectedError.
+
+        `details` are kept with an execution that starts: `bootId` is what a restart has to change.
+        """
+        return parse_execution(await self.request("start-next", body={"statusDetails": details} if details else {}))
 
     async def request(self, *parts: str, body: Mapping[str, Any]) -> dict[str, Any]:
         """Send a jobs request, and give its accepted answer. Raises as `ask` does."""

@@ -18,6 +18,7 @@ from cli import (
     diagnose,
     enrolment,
     health,
+    job,
     lifecycle,
     release,
     rollout,
@@ -96,6 +97,7 @@ app.add_typer(claim.app, name="claim")
 app.add_typer(enrolment.app, name="enrolment")
 app.add_typer(release.app, name="release")
 app.add_typer(rollout.app, name="rollout")
+app.add_typer(job.app, name="job")
 app.add_typer(rotation.app, name="rotation")
 app.add_typer(shadow.app, name="shadow")
 app.add_typer(alert.app, name="alert")

@@ -241,7 +241,7 @@ LIVES: dict[str, dict[str, Scenario]] = {
         "not-rebooted": _played(not_rebooted),
     },
     **PROVISIONING,
+    **JOBS,
     **NOTIFICATION,
     **HEALTH,
-    **JOBS,
 }

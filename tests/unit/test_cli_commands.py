@@ -76,6 +76,10 @@ def test_the_commands_are_those_of_the_documentation() -> None:
         "rollout start", "rollout watch", "rollout show", "rollout list", "rollout pause", "rollout resume",
         "rollout approve", "rollout promote", "rollout abort", "rollout adjust", "rollout device", "rollout devices",
         "rollout events",
+        "job start", "job watch", "job show", "job list", "job pause", "job resume", "job cancel", "job retry",
+        "job explain", "job devices", "job failures", "job events",
+        "job schedule create", "job schedule list", "job schedule pause", "job schedule resume", "job schedule trigger",
+        "job schedule delete",
     }  # fmt: skip
 
 
