@@ -140,7 +140,9 @@ async def test_a_worker_with_the_keys_of_the_authorities_signs_and_makes_the_sch
             "ca_passphrase_file": passphrase,
         }
         started.append(WorkerProcess(tmp_path, **settings))
-        await started[0].until(r'"names": "tidegate-rotation, tidegate-crl".*"event": "made schedules"')
+        await started[0].until(
+            r'"names": "tidegate-rotation, tidegate-offline, tidegate-retention, tidegate-crl".*"event": "made schedules"'
+        )
         await started[0].until(r'tidegate-ca.*"event": "ready"')
         await started[0].until(r'"number": 2.*"event": "revocation list signed"')
         assert await started[0].stop() == 0
