@@ -32,8 +32,11 @@ from activities.authorities import AuthorityActivities, AuthorityWatch
 from activities.cache import CacheRelay
 from activities.configuration import ConfigurationActivities
 from activities.decommission import DecommissionActivities
+from activities.diagnostics import DiagnosticActivities
 from activities.enrolment_hook import EnrolmentHook
+from activities.fleet_jobs import FleetJobActivities
 from activities.fleet_rotation import FleetRotationActivities
+from activities.health import HealthActivities
 from activities.provisioning import IssuingActivities, ProvisioningActivities
 from activities.relay import OutboxRelay
 from activities.rollouts import RolloutActivities
@@ -48,7 +51,9 @@ from pki.signer import FileKeyStore, key_store
 from store.configuring import ConfiguringStore
 from store.decommission import DecommissionStore
 from store.deltas import DeltaStore
+from store.diagnostics import DiagnosticStore
 from store.engine import Database
+from store.fleetjobs import FleetJobStore
 from store.provisioning import ProvisioningStore
 from store.rollouts import RolloutStore
 from store.rotation import RotationStore
@@ -59,10 +64,14 @@ from workflows import options
 from workflows.client import connect, ensure_schedules, register_search_attributes
 from workflows.configuration import ConfigurationWorkflow
 from workflows.decommission import DecommissionWorkflow
+from workflows.diagnostic import DiagnosticWorkflow
+from workflows.fleet_job import FleetJobWorkflow
 from workflows.fleet_rotation import FleetRotationWorkflow
 from workflows.lifecycle_client import ROTATION_SCHEDULE, TemporalFlows, ensure_rotation_schedule
+from workflows.offline import OfflineSweepWorkflow
 from workflows.provisioning import ProvisioningWorkflow
 from workflows.reissue import ReissueCertificateWorkflow
+from workflows.retention import RetentionWorkflow
 from workflows.rollout import RolloutWorkflow
 from workflows.rotation import CertificateRotationWorkflow
 from workflows.sandbox import runner
@@ -122,6 +131,7 @@ class Lifecycle:
     decommission: DecommissionActivities
     fleet: FleetRotationActivities
     shadow: ShadowActivities
+    diagnostics: DiagnosticActivities
 
     @classmethod
     def of(cls, db: Database, client: Client, publisher: Publisher, settings: Settings) -> "Lifecycle":
@@ -133,12 +143,14 @@ class Lifecycle:
             DecommissionActivities(DecommissionStore(db), flows, publisher, RetainedMessages(settings)),
             FleetRotationActivities(certificates, flows),
             ShadowActivities(ShadowSyncStore(db), publisher),
+            DiagnosticActivities(DiagnosticStore(db), publisher),
         )
 
     @property
     def short(self) -> list[Callable[..., Any]]:
         """Of one transaction, or a few seconds at most."""
         configuration, rotation, decommission = self.configuration, self.rotation, self.decommission
+        diagnostics = self.diagnostics
         return [
             configuration.want_configuration,
             configuration.hint_configuration,
@@ -158,6 +170,10 @@ class Lifecycle:
             decommission.clear_retained,
             decommission.alert_retained_left,
             decommission.end_decommission,
+            diagnostics.open_question,
+            diagnostics.publish_question,
+            diagnostics.end_question,
+            diagnostics.look_at_boot,
         ]
 
     @property
@@ -172,7 +188,9 @@ LIFECYCLE_WORKFLOWS: list[type] = [
     DecommissionWorkflow,
     FleetRotationWorkflow,
     ShadowSyncWorkflow,
+    DiagnosticWorkflow,
 ]
+HEALTH_WORKFLOWS: list[type] = [OfflineSweepWorkflow, RetentionWorkflow]
 
 
 def workers(
@@ -182,6 +200,8 @@ def workers(
     watch: AuthorityWatch,
     provisioning: ProvisioningActivities,
     lifecycle: Lifecycle,
+    health: HealthActivities,
+    jobs: FleetJobActivities,
     authorities: AuthorityActivities | None = None,
     issuing: IssuingActivities | None = None,
 ) -> list[Worker]:
@@ -196,13 +216,16 @@ def workers(
         workflows=[
             RolloutWorkflow,
             WaveWorkflow,
+            FleetJobWorkflow,
             ProvisioningWorkflow,
             ReissueCertificateWorkflow,
             CrlUpkeepWorkflow,
             *LIFECYCLE_WORKFLOWS,
+            *HEALTH_WORKFLOWS,
         ],
         activities=[
             rollouts.plan_rollout,
+            jobs.plan_fleet_job,
             rollouts.write_plain_document,
             rollouts.close_wave,
             rollouts.check_promotable,
@@ -214,6 +237,8 @@ def workers(
             provisioning.mark_configured,
             provisioning.activate_device,
             provisioning.undo_provisioning,
+            health.sweep_offline,
+            health.keep_history,
             *lifecycle.short,
         ],
         workflow_runner=runner(),
@@ -224,7 +249,7 @@ def workers(
     dispatch = Worker(
         client,
         task_queue=options.DISPATCH_QUEUE,
-        activities=[rollouts.drive_wave, rollouts.finish_rollout, *lifecycle.lasting],
+        activities=[rollouts.drive_wave, rollouts.finish_rollout, rollouts.cancel_running, *lifecycle.lasting],
         max_concurrent_activities=DRIVERS,
         max_heartbeat_throttle_interval=BEAT_THROTTLE,
         **common,
@@ -280,15 +305,16 @@ def _keys(settings: Settings) -> FileKeyStore | None:
 
 
 async def _schedule(client: Client, settings: Settings, *, signs: bool) -> None:
-    """Upkeep by the clock; revocation lists where this worker signs, because without a CA there is nothing to keep."""
+    """Upkeep by the clock; of revocation lists where this worker signs, because without a CA there is nothing to keep."""
     sweep = RotateFleetInput(overlap=timedelta(hours=settings.rotation_overlap_hours))
     try:
         made = [ROTATION_SCHEDULE] if await ensure_rotation_schedule(client, sweep) else []
-        if signs:
-            made += await ensure_schedules(client, timedelta(hours=settings.crl_hours))
+        made += await ensure_schedules(client, timedelta(hours=settings.crl_hours) if signs else None)
     except RPCError as error:
         log.warning(
-            "cannot make schedules; lists are signed on revocations alone, no rotation starts", reason=str(error)
+            "cannot make schedules; lists are signed on revocations alone, no rotation starts, nobody is found offline, "
+            "history is not kept by days",
+            reason=str(error),
         )
     else:
         if made:
@@ -321,11 +347,13 @@ async def serve(settings: Settings) -> None:
             issuing = IssuingActivities(ProvisioningStore(db), signer)
         running = workers(
             client,
-            RolloutActivities(store, publisher),
+            RolloutActivities(store, publisher, TemporalFlows(client)),
             ArtifactActivities(ArtifactStore.of(settings), DeltaStore(db), store),
             AuthorityWatch(db),
             ProvisioningActivities(ProvisioningStore(db), EnrolmentHook(settings.enrolment_hook_url)),
             Lifecycle.of(db, client, publisher, settings),
+            HealthActivities.of(db, settings),
+            FleetJobActivities(FleetJobStore(db)),
             authorities,
             issuing,
         )

@@ -1,9 +1,10 @@
-"""`python -m bench`: measured rollouts, lookups and provisioning on this machine.
+"""`python -m bench`: measured rollouts, lookups, provisioning and heartbeats on this machine.
 
     python -m bench rollout --devices 2000 --json figures.json     one rollout
     python -m bench lookups --json figures.json                    looking devices up, with and without Redis
     python -m bench provisioning --json figures.json               devices that enrol, until all are active
-    python -m bench all --folder bench-results                     500, 2,000 and 10,000 devices, and the other two
+    python -m bench heartbeats --json figures.json                 heartbeats, durable, per second
+    python -m bench all --folder bench-results                     500, 2,000 and 10,000 devices, and the other three
 
 Exit status 1: a rollout did not succeed, a count or an answer was wrong. A target of speed that is missed is reported, not failed:
 it depends on the machine.
@@ -21,7 +22,7 @@ import orjson
 import uvloop
 from rich.console import Console
 
-from bench import lookups, provisioning
+from bench import heartbeats, lookups, provisioning
 from bench.report import complete, show
 from bench.rollout import IN_FLIGHT, BenchConfig, run
 from models.errors import TidegateError
@@ -42,7 +43,8 @@ def main() -> int:
         "rollout": [_rollouts],
         "lookups": [_lookups],
         "provisioning": [_provisioning],
-        "all": [_rollouts, _lookups, _provisioning],
+        "heartbeats": [_heartbeats],
+        "all": [_rollouts, _lookups, _provisioning, _heartbeats],
     }
     try:
         right = [part(options, console) for part in parts[options.command]]
@@ -87,6 +89,16 @@ def _provisioning(options: argparse.Namespace, console: Console) -> bool:
     return provisioning.is_right(figures)
 
 
+def _heartbeats(options: argparse.Namespace, console: Console) -> bool:
+    whole = options.command == "all"
+    config = heartbeats.HeartbeatsConfig() if whole else heartbeats.HeartbeatsConfig.of(options)
+    console.print(f"heartbeats of {config.devices:,} devices ...")
+    figures = asyncio.run(heartbeats.run(config))
+    _save(options, "heartbeats", figures)
+    heartbeats.show(console, figures)
+    return heartbeats.is_right(figures)
+
+
 def is_right(figures: dict[str, Any]) -> bool:
     """Whether the rollout did what it should, however fast."""
     return bool(
@@ -108,7 +120,8 @@ def _save(options: argparse.Namespace, name: str, figures: dict[str, Any]) -> No
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m bench", description="Measured rollouts of simulated devices, and lookups."
+        prog="python -m bench",
+        description="Measured rollouts of simulated devices, lookups, provisioning and heartbeats.",
     )
     commands = parser.add_subparsers(dest="command", required=True)
     one = commands.add_parser("rollout", help="one rollout", description="One rollout in three waves.")
@@ -126,9 +139,16 @@ def _parser() -> argparse.ArgumentParser:
     )
     enrol.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
     provisioning.ProvisioningConfig.add_arguments(enrol)
+    beat = commands.add_parser(
+        "heartbeats",
+        help="durable heartbeats",
+        description="Durable heartbeats per second, against the broker alone, PostgreSQL alone, and one by one.",
+    )
+    beat.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
+    heartbeats.HeartbeatsConfig.add_arguments(beat)
     sizes = ", ".join(f"{size:,}" for size in SIZES)
     every = commands.add_parser(
-        "all", help="all of it", description=f"Rollouts of {sizes} devices, lookups, and provisioning."
+        "all", help="all of it", description=f"Rollouts of {sizes} devices, lookups, provisioning, and heartbeats."
     )
     every.add_argument(
         "--folder",

@@ -5,11 +5,17 @@ Each of them is a ValueError here that says what was found and where.
 
 >>> parse_object('{"interval": 5}')
 {'interval': 5}
+
+This reader costs some thirty times what orjson does. Where messages are many, orjson reads them, and `reads_alike` says of
+nearly all of them that this reader would have read the same.
 """
 
 import json
+import re
 from math import isfinite
 from typing import Any
+
+import orjson
 
 from domain.mistakes import shown
 
@@ -23,7 +29,7 @@ def parse_object(text: str) -> dict[str, Any]:
     if text.count("{") + text.count("[") > MAX_DEPTH and _depth_of(text) > MAX_DEPTH:
         raise ValueError(f"nested deeper than {MAX_DEPTH} levels")
     try:
-        value = _DECODER.decode(text.strip())
+        value = _DECODER.decode(text.strip(" \t\r\n"))
     except json.JSONDecodeError as error:
         raise ValueError(f"not JSON: {error.msg} at position {error.pos + 1}") from None
     if not isinstance(value, dict):
@@ -31,6 +37,25 @@ def parse_object(text: str) -> dict[str, Any]:
     if "\\u" in text and _has_unstorable(value):  # decoded UTF-8 has such characters only by way of an escape
         raise ValueError("contains a character that cannot be stored: U+0000, or half of a surrogate pair")
     return value
+
+
+def reads_alike(payload: bytes, value: Any) -> bool:
+    """Whether `parse_object` would surely make the same of `payload` as orjson has (`value`); False: ask it.
+
+    Without an escape each key and each text is two quotation marks, as it was written and as it is written again. So a key
+    that stood twice, which orjson drops, shows in their number. Escapes alone bring U+0000 and halves of surrogate pairs.
+    Integers beyond 53 bits are left to the exact reader; those beyond 64 have become floats and are found by their length.
+    """
+    if b"\\" in payload or payload.count(b"{") + payload.count(b"[") > MAX_DEPTH:
+        return False
+    try:
+        again = orjson.dumps(value, option=orjson.OPT_STRICT_INTEGER)
+    except orjson.JSONEncodeError:
+        return False
+    return again == payload or (again.count(b'"') == payload.count(b'"') and not _LONG_NUMBER.search(payload))
+
+
+_LONG_NUMBER = re.compile(rb"[0-9]{19}")
 
 
 def _depth_of(text: str) -> int:

@@ -1,12 +1,13 @@
 """From a message's bytes to a request, or to the reason why it is none. Pure.
 
 The client token is found before anything else is judged, so that a rejection can carry it. What cannot be stored
-(`\\u0000`, invalid UTF-8, NaN) is refused here, before it can reach PostgreSQL. Configurations and commands
-are read strictly: no key twice, bounded depth; jobs and heartbeats, which are many, with the faster reader.
+(`\\u0000`, invalid UTF-8, NaN) is refused here, before it can reach PostgreSQL, and so is what two readers could read
+differently: a key twice, numbers beyond 64 bits, more depth than anybody needs.
 """
 
+import itertools
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import orjson
@@ -14,9 +15,10 @@ import orjson
 from domain.admission import Report
 from domain.configurations import MAX_CONFIG_BYTES, MAX_CONFIG_DEPTH, MAX_VERSION, ConfigReport
 from domain.differences import depth_of
-from domain.strict_json import parse_object
+from domain.strict_json import parse_object, reads_alike
 from firmware.command import REQUEST_ID
 from gateway.diagnostic_requests import DiagnosticResponse, parse_diagnostic
+from gateway.pulse import Pulse, parse_pulse
 from gateway.shadow_requests import ShadowError, ShadowRequest, parse_shadow, refuse_shadow, token_of
 from models.protocol import (
     MAX_CLIENT_TOKEN_BYTES,
@@ -43,19 +45,17 @@ _DEVICE_STATES = {
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _BOOT_ID = re.compile(r"[!-~]{1,64}")
 _SHADOW_VERBS = frozenset({Verb.SHADOW_GET, Verb.SHADOW_UPDATE, Verb.SHADOW_DELETE})
-_STRICT = _SHADOW_VERBS | {
-    Verb.CONFIG_GET,
-    Verb.CONFIG_UPDATE,
-    Verb.COMMAND_GET,
-    Verb.COMMAND_RESPONSE,
-    Verb.DIAGNOSTIC_RESPONSE,
-}
 MAX_REASON_CHARS = 500
+MAX_EXTRA = 20
+"""Numbers of its own that a heartbeat may carry; the others are dropped."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Heartbeat:
-    """What a heartbeat says, in the units of the presence table; `device_time` in epoch seconds."""
+    """What a heartbeat says, in the units of the presence table; `device_time` in epoch seconds.
+
+    The last three are its place in a batch (gateway/beats.py); what it says is never changed.
+    """
 
     device_id: str
     device_time: float | None
@@ -68,6 +68,11 @@ class Heartbeat:
     error_count: int | None
     boot_id: str | None
     extra: dict[str, float] | None
+    beat_no: int = field(default=0, compare=False)
+    """Of those of its device, from 0."""
+    round: int = field(default=0, compare=False)
+    newest: bool = field(default=True, compare=False)
+    """Of its device in its round."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,9 +84,9 @@ class CommandResponse:
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Request:
-    """A well-formed request."""
+    """A well-formed request. Not to be changed once it waits; not frozen, because one is made for each message."""
 
     topic: RequestTopic
     token: str | None = None
@@ -96,6 +101,7 @@ class Request:
     response: CommandResponse | None = None
     shadow: ShadowRequest | None = None
     diagnostic: DiagnosticResponse | None = None
+    pulse: Pulse | None = None
     duplicate: bool = False
     """The broker says that it may have delivered this before: what has been done already is not done again."""
 
@@ -135,26 +141,29 @@ def parse_request(topic: RequestTopic, payload: bytes) -> Request | BadRequest:
         return BadRequest(
             ErrorCode.INVALID_REQUEST, f"clientToken: expected text of at most {MAX_CLIENT_TOKEN_BYTES} bytes"
         )
+    if not reads_alike(payload, body):
+        try:
+            body = parse_object(payload.decode())
+        except ValueError as error:
+            return BadRequest(ErrorCode.INVALID_JSON, str(error)[:300], token)
     try:
         if topic.verb is Verb.HEARTBEAT:
             return Request(topic, heartbeat=_heartbeat(topic.thing, body))
-        if topic.verb is Verb.UPDATE:
-            return _update(topic, token, body)
-        if topic.verb in _STRICT:
-            return _strict(topic, token, payload)
-        return Request(topic, token, details=_details(body))
+        return _request(topic, token, body, payload)
     except ShadowError as error:
         return BadRequest(ErrorCode.INVALID_REQUEST, str(error)[:300], token, error.code)
     except ValueError as error:
         return BadRequest(ErrorCode.INVALID_REQUEST, str(error)[:300], token)
 
 
-def _strict(topic: RequestTopic, token: str | None, payload: bytes) -> Request | BadRequest:
-    try:
-        body = parse_object(payload.decode()) if payload else {}
-    except ValueError as error:
-        return BadRequest(ErrorCode.INVALID_JSON, str(error)[:300], token)
+def _request(topic: RequestTopic, token: str | None, body: dict[str, Any], payload: bytes) -> Request:
     match topic.verb:
+        case Verb.UPDATE:
+            return _update(topic, token, body)
+        case Verb.PULSE:
+            return Request(topic, pulse=parse_pulse(body))
+        case Verb.GET_PENDING | Verb.START_NEXT | Verb.DESCRIBE:
+            return Request(topic, token, details=_details(body))
         case Verb.CONFIG_UPDATE:
             return Request(topic, token, config=_config(body), document_version=_integer(body, "version"))
         case Verb.SHADOW_GET | Verb.SHADOW_UPDATE | Verb.SHADOW_DELETE:
@@ -263,14 +272,12 @@ _KNOWN = {
 def _heartbeat(thing: str, body: dict[str, Any]) -> Heartbeat:
     if body.get("deviceId", thing) != thing:
         raise ValueError(f"deviceId: expected {thing}, as the topic says, got {body['deviceId']!r:.60}")
-    extra = {key: value for key, value in body.items() if key not in _KNOWN and _is_number(value) and "\x00" not in key}
     timestamp = _number(body, "timestamp")
-    version, sha256 = body.get("firmwareVersion"), body.get("firmwareSha256")
-    if version is not None and (not isinstance(version, str) or len(version) > 50 or "\x00" in version):
+    version, sha256, boot_id = body.get("firmwareVersion"), body.get("firmwareSha256"), body.get("bootId")
+    if version is not None and (not isinstance(version, str) or len(version) > 50):
         raise ValueError(f"firmwareVersion: expected text of at most 50 characters, got {version!r:.60}")
     if sha256 is not None and (not isinstance(sha256, str) or not _SHA256.fullmatch(sha256)):
         raise ValueError(f"firmwareSha256: expected 64 hexadecimal digits, got {sha256!r:.80}")
-    boot_id = body.get("bootId")
     if boot_id is not None and (not isinstance(boot_id, str) or not _BOOT_ID.fullmatch(boot_id)):
         raise ValueError(f"bootId: expected 1 to 64 printable characters without a blank, got {boot_id!r:.80}")
     return Heartbeat(
@@ -284,8 +291,14 @@ def _heartbeat(thing: str, body: dict[str, Any]) -> Heartbeat:
         signal_strength=_number(body, "networkSignalStrength"),
         error_count=_whole(body, "errorCount"),
         boot_id=boot_id,
-        extra=dict(list(extra.items())[:20]) or None,
+        extra=None if body.keys() <= _KNOWN else _extra(body),
     )
+
+
+def _extra(body: dict[str, Any]) -> dict[str, float] | None:
+    """Numbers beyond those that are known."""
+    found = ((key, value) for key, value in body.items() if key not in _KNOWN and _is_number(value))
+    return dict(itertools.islice(found, MAX_EXTRA)) or None
 
 
 def _is_number(value: Any) -> bool:
@@ -296,11 +309,13 @@ def _number(body: dict[str, Any], name: str) -> float | None:
     value = body.get(name)
     if value is None:
         return None
-    if not _is_number(value):
-        raise ValueError(f"{name}: expected a number, got {value!r:.40}")
-    return float(value)
+    if (type(value) is float or type(value) is int) and -_MAX_INTEGER < value < _MAX_INTEGER:
+        return float(value)
+    raise ValueError(f"{name}: expected a number, got {value!r:.40}")
 
 
 def _whole(body: dict[str, Any], name: str) -> int | None:
-    value = _number(body, name)
-    return None if value is None else int(value)
+    value = body.get(name)
+    if type(value) is int and -_MAX_INTEGER < value < _MAX_INTEGER:
+        return value
+    return None if (number := _number(body, name)) is None else int(number)

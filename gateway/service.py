@@ -12,8 +12,7 @@
 
 import asyncio
 import collections
-import dataclasses
-import itertools
+import secrets
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -23,12 +22,14 @@ import structlog
 from prometheus_client import Counter, Gauge, Histogram
 from psycopg_pool import PoolTimeout
 
+from gateway.beats import Beats
 from gateway.commands import answer_about_commands
 from gateway.configuration import answer_config, reject_config
 from gateway.diagnostics import take_diagnostics
 from gateway.documents import Documents
 from gateway.jobs import Outgoing, answer, reject
-from gateway.requests import BadRequest, Heartbeat, Request, parse_request
+from gateway.pulse import Pulse, note_pulses
+from gateway.requests import BadRequest, Request, parse_request
 from gateway.shadow import MAX_IN_FLIGHT, TOO_MANY, answer_about_shadows, reject_shadow
 from gateway.shadow_requests import token_of
 from models.identity import DeviceHappening
@@ -47,7 +48,7 @@ from store.devicetraffic import (
 from store.engine import Database
 from store.executions import Batch, load_in_pipeline, save_in_pipeline
 from store.waits import happened
-from transport.connection import Connection
+from transport.connection import Connection, Receipt
 
 log = structlog.get_logger("gateway")
 
@@ -69,8 +70,9 @@ BATCH_SECONDS = Histogram(
     buckets=(0.005, 0.02, 0.1, 0.5, 2),
 )
 RETRY_SECONDS = 0.5
-MAX_ROUNDS = 4
-"""Most heartbeats of one device that one batch looks at, each of another boot than the one before."""
+MAX_TOPICS = 16_384
+"""Topics of heartbeats that are kept taken apart; they come again and again."""
+_NO_TOPIC = BadRequest(ErrorCode.INVALID_TOPIC, "no request has this topic")
 _CONFIG_VERBS = frozenset({Verb.CONFIG_GET, Verb.CONFIG_UPDATE})
 _COMMAND_VERBS = frozenset({Verb.COMMAND_GET, Verb.COMMAND_RESPONSE})
 _SHADOW_VERBS = frozenset({Verb.SHADOW_GET, Verb.SHADOW_UPDATE, Verb.SHADOW_DELETE})
@@ -80,14 +82,13 @@ _AWAY = (psycopg.OperationalError, PoolTimeout, psycopg.errors.DeadlockDetected)
 
 @dataclass(slots=True)
 class Inbound:
-    """A message and the promise to acknowledge it."""
+    """A message, what it says, and what its acknowledgement takes."""
 
     topic: RequestTopic | None
     raw_topic: str
     payload: bytes
-    done: asyncio.Future[None]
-    duplicate: bool = False
-    """The broker says that it may have delivered this before."""
+    said: Request | BadRequest
+    receipt: Receipt
     counted: bool = False
     """A shadow request in flight."""
     throttled: bool = False
@@ -104,8 +105,8 @@ class Read:
     commands: list[Request] = field(default_factory=list)
     shadows: list[Request] = field(default_factory=list)
     diagnostics: list[Request] = field(default_factory=list)
-    beats: list[dict[str, Heartbeat]] = field(default_factory=list)
-    """The newest heartbeat of each device; where two in a batch are of different boots, in rounds, one after the other."""
+    beats: Beats = field(default_factory=Beats)
+    pulses: list[Pulse] = field(default_factory=list)
     bad: list[tuple[Inbound, BadRequest]] = field(default_factory=list)
     throttled: list[tuple[Inbound, BadRequest]] = field(default_factory=list)
     """What is rejected without having been looked at, and is not kept."""
@@ -113,9 +114,12 @@ class Read:
     def add(self, request: Request) -> None:
         """Sort a request in."""
         verb, thing = request.topic.verb, request.topic.thing
+        if request.pulse is not None:
+            self.pulses.append(request.pulse)
+            return
         self.things.add(thing)
         if request.heartbeat is not None:
-            self._add_beat(thing, request.heartbeat)
+            self.beats.add(request.heartbeat)
         elif verb in _CONFIG_VERBS:
             self.configs.append(request)
         elif verb in _COMMAND_VERBS:
@@ -126,28 +130,6 @@ class Read:
             self.diagnostics.append(request)
         else:
             self.jobs.append(request)
-
-    def _add_beat(self, thing: str, beat: Heartbeat) -> None:
-        for beats in reversed(self.beats):
-            if (before := beats.get(thing)) is not None:
-                if before.boot_id == beat.boot_id or beat.boot_id is None or (beats is self.beats[-1] and self._full):
-                    beats[thing] = beat
-                else:
-                    self._round_after(beats)[thing] = beat
-                return
-        if not self.beats:
-            self.beats.append({})
-        self.beats[0][thing] = beat
-
-    @property
-    def _full(self) -> bool:
-        return len(self.beats) >= MAX_ROUNDS
-
-    def _round_after(self, beats: dict[str, Heartbeat]) -> dict[str, Heartbeat]:
-        if beats is self.beats[-1]:
-            self.beats.append({})
-            return self.beats[-1]
-        return next(later for earlier, later in itertools.pairwise(self.beats) if earlier is beats)
 
     def without(self, barred: frozenset[str]) -> "Read":
         """What is left when these devices have said nothing."""
@@ -162,7 +144,8 @@ class Read:
             commands=heard(self.commands),
             shadows=heard(self.shadows),
             diagnostics=heard(self.diagnostics),
-            beats=[{thing: beat for thing, beat in beats.items() if thing not in barred} for beats in self.beats],
+            beats=self.beats.without(barred),
+            pulses=self.pulses,
             bad=[(inbound, bad) for inbound, bad in self.bad if not inbound.topic or inbound.topic.thing not in barred],
             throttled=[(i, bad) for i, bad in self.throttled if not i.topic or i.topic.thing not in barred],
         )
@@ -178,36 +161,53 @@ class Gateway:
     settings: Settings
     waiting: list[Inbound] = field(default_factory=list)
     _arrived: asyncio.Event = field(default_factory=asyncio.Event)
+    _first_at: float = 0.0
+    """Since when the next batch has been gathering."""
+    _topics: dict[str, RequestTopic] = field(default_factory=dict)
     _paused: bool = False
+    name: str = field(default_factory=lambda: secrets.token_hex(8))
+    """What tells this gateway's pulses from those of others."""
     _clones: set[str] = field(default_factory=set)
     """Devices found to be two, to be barred once the batch that found it has been committed."""
     _in_flight: dict[str, int] = field(default_factory=dict)
     """Shadow requests that have come and are not answered yet, by device."""
 
-    async def receive(
-        self, topic: str | bytes, payload: bytes, retained: bool = False, duplicate: bool = False
-    ) -> None:
-        """The handler of every message: returns, and so acknowledges it, when it has been used."""
+    def receive(self, topic: str, payload: bytes, retained: bool, duplicate: bool, receipt: Receipt) -> None:
+        """The handler of every message, which keeps it for its batch."""
         if retained:
             RETAINED.inc()
+            self.connection.acknowledge([receipt])
             return
-        text = topic if isinstance(topic, str) else topic.decode("utf-8", "replace")
-        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        inbound = Inbound(parse_request_topic(text), text, payload, done, duplicate)
-        if inbound.topic is not None and inbound.topic.verb in _SHADOW_VERBS:
-            self._count_in(inbound, inbound.topic.thing)
+        parsed = self._parse_topic(topic)
+        said = _NO_TOPIC if parsed is None else parse_request(parsed, payload)
+        if duplicate and isinstance(said, Request):
+            said.duplicate = True
+        if not self.waiting:
+            self._first_at = time.monotonic()
+        inbound = Inbound(parsed, topic, payload, said, receipt)
+        if parsed is not None and parsed.verb in _SHADOW_VERBS:
+            self._count_in(inbound, parsed.thing, duplicate)
         self.waiting.append(inbound)
         self._arrived.set()
         if not self._paused and len(self.waiting) >= self.settings.gateway_queue_messages:
             self._paused = True
             self.connection.pause(True)
             log.warning("queue full, reading stopped", waiting=len(self.waiting))
-        await inbound.done
 
-    def _count_in(self, inbound: Inbound, thing: str) -> None:
+    def _parse_topic(self, topic: str) -> RequestTopic | None:
+        if (known := self._topics.get(topic)) is not None:
+            return known
+        parsed = parse_request_topic(topic)
+        if parsed is not None and parsed.verb is Verb.HEARTBEAT:
+            if len(self._topics) >= MAX_TOPICS:
+                self._topics.clear()
+            self._topics[topic] = parsed
+        return parsed
+
+    def _count_in(self, inbound: Inbound, thing: str, duplicate: bool) -> None:
         """What comes again has been let in before: it may have been applied, and a rejection would deny that."""
         number = self._in_flight.get(thing, 0)
-        inbound.throttled = number >= MAX_IN_FLIGHT and not inbound.duplicate
+        inbound.throttled = number >= MAX_IN_FLIGHT and not duplicate
         if not inbound.throttled:
             inbound.counted = True
             self._in_flight[thing] = number + 1
@@ -220,7 +220,11 @@ class Gateway:
             del self._in_flight[thing]
 
     async def run(self, stop: asyncio.Event) -> None:
-        """Handle batches until `stop` is set and nothing waits."""
+        """Handle batches until `stop` is set and nothing waits.
+
+        A batch gathers messages for a moment from its first one on. What has come while the last batch was at work has
+        waited already, so the busier the gateway is the larger are its batches, and it never rests between them.
+        """
         pause = self.settings.gateway_batch_milliseconds / 1000
         while not (stop.is_set() and not self.waiting):
             if stop.is_set():
@@ -230,9 +234,10 @@ class Gateway:
                 await _first(self._arrived, stop)
                 continue
             if len(self.waiting) < self.settings.gateway_batch_messages and not stop.is_set():
-                await asyncio.sleep(pause)
+                await asyncio.sleep(max(0.0, self._first_at + pause - time.monotonic()))
             batch = self.waiting[: self.settings.gateway_batch_messages]
             del self.waiting[: len(batch)]
+            self._first_at = time.monotonic()
             WAITING.set(len(self.waiting))
             if self._paused and len(self.waiting) < self.settings.gateway_queue_messages // 2:
                 self._paused = False
@@ -269,8 +274,7 @@ class Gateway:
         for inbound in batch:
             if inbound.counted:
                 self._count_out(inbound)
-            if not inbound.done.done():
-                inbound.done.set_result(None)
+        self.connection.acknowledge(inbound.receipt for inbound in batch)
         await self._bar_clones()
 
     async def _bar_clones(self) -> None:
@@ -288,10 +292,8 @@ class Gateway:
                 log.warning("device barred", device=thing, reason=reason)
 
     async def _give_up_on(self, inbound: Inbound, error: Exception) -> list[Outgoing]:
-        parsed = parse_request(inbound.topic, inbound.payload) if inbound.topic else None
-        token = parsed.token if parsed else None
         message = "the request could not be handled; it has been kept"
-        bad = BadRequest(ErrorCode.INTERNAL_ERROR, message, token, shadow_code=500)
+        bad = BadRequest(ErrorCode.INTERNAL_ERROR, message, inbound.said.token, shadow_code=500)
         thing = inbound.topic.thing if inbound.topic else None
         async with self.db.pool.connection() as connection:
             await share_access(connection)
@@ -365,15 +367,14 @@ class Gateway:
 
     async def _save_rest(self, connection: psycopg.AsyncConnection, read: Read, standing: Standing) -> None:
         if standing.awaited:
-            beating = {thing for beats in read.beats for thing in beats}
-            await happened(connection, _awaited(standing, read.things, beating))
+            await happened(connection, _awaited(standing, read.things, set(read.beats.things)))
         if read.bad:
             await save_quarantined(
                 connection,
                 [
                     (
                         inbound.raw_topic,
-                        inbound.topic.thing if inbound.topic else None,
+                        (inbound.topic.thing or None) if inbound.topic else None,
                         inbound.payload,
                         reason.code.value,
                         reason.message.replace("\x00", "\\0"),
@@ -381,9 +382,11 @@ class Gateway:
                     for inbound, reason in read.bad
                 ],
             )
-        for beats in read.beats:
-            if beats:
-                self._clones.update(await save_heartbeats(connection, list(beats.values())))
+        if read.pulses:
+            await note_pulses(connection, read.pulses, self.name, standing.now)
+        if read.beats.said:
+            saved = await save_heartbeats(connection, read.beats.said)
+            self._clones.update(saved.clones)
 
     @staticmethod
     def _log_trips(batch: Batch) -> None:
@@ -400,24 +403,21 @@ class Gateway:
 
 
 def _read(inbounds: Sequence[Inbound]) -> Read:
-    """The messages of a batch, judged by themselves."""
+    """The messages of a batch, sorted."""
     verbs: collections.Counter[str] = collections.Counter()
     read = Read()
     for inbound in inbounds:
-        verbs[inbound.topic.verb.value if inbound.topic else "unknown"] += 1
         if inbound.throttled:
             bad = BadRequest(ErrorCode.REQUEST_THROTTLED, TOO_MANY, token_of(inbound.payload), 429)
             read.throttled.append((inbound, bad))
-            continue
-        parsed = (
-            BadRequest(ErrorCode.INVALID_TOPIC, "no request has this topic")
-            if inbound.topic is None
-            else parse_request(inbound.topic, inbound.payload)
-        )
-        if isinstance(parsed, Request):
-            read.add(dataclasses.replace(parsed, duplicate=True) if inbound.duplicate else parsed)
+        elif isinstance(inbound.said, Request):
+            read.add(inbound.said)
+            if inbound.said.heartbeat is not None:
+                continue  # the many; counted at the end
         else:
-            read.bad.append((inbound, parsed))
+            read.bad.append((inbound, inbound.said))
+        verbs[inbound.topic.verb.value if inbound.topic else "unknown"] += 1
+    verbs[Verb.HEARTBEAT.value] += len(inbounds) - verbs.total()
     for verb, number in verbs.items():
         MESSAGES.labels(verb).inc(number)
     return read

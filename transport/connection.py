@@ -1,27 +1,36 @@
 """MQTT for the server's side over gmqtt: one client that reconnects by itself, and bulk publishing.
 
-The gateway uses `acknowledge=...` handlers: a QoS 1 message is acknowledged when the handler has returned, which the
-gateway lets happen only after its transaction has committed. Publishing is at QoS 0: every message to a device is a hint
-or an answer that the device asks for again when it is lost.
+Receiving: a handler is called with each message and a receipt, and hands the receipt back (`acknowledge`) when the message
+has been used; the gateway does so only after its transaction has committed. There is no task and no future for a message,
+and the acknowledgements of a batch are one write: over TLS a write is a record, which costs both sides more than all the
+rest of a PUBACK. A receipt holds for the connection on which its message came. On a later one the broker delivers the
+message again, and the same packet id may mean another message.
+
+Publishing is at QoS 0: every message to a device is a hint or an answer that the device asks for again when it is lost.
 """
 
 import asyncio
 import logging
 import ssl
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
 import gmqtt
 import structlog
-from gmqtt.mqtt.constants import MQTTv311
+from gmqtt.mqtt.constants import MQTTCommands, MQTTv311
 
 from models.errors import InvalidInputError, UnavailableError
 from models.settings import Settings
 
-Handler = Callable[[str | bytes, bytes, bool, bool], Awaitable[None]]
-"""Topic, payload, whether the broker had kept the message (retained) from before the subscription, and whether it may be
-one that it has delivered before (duplicate)."""
+Receipt = tuple[object, bytes]
+"""The link on which a message came, and the PUBACK that is due for it; no bytes for a message at QoS 0."""
+
+Handler = Callable[[str, bytes, bool, bool, Receipt], None]
+"""Topic, payload, whether the broker had kept the message (retained) from before the subscription, whether it may be
+one that it has delivered before (duplicate), and the receipt to hand back once it has been used."""
+
+_RETAIN, _DUPLICATE, _QOS = 0x01, 0x08, 0x06
 
 CONNECT_SECONDS = 10.0
 RETRY_SECONDS = 1.0
@@ -81,11 +90,26 @@ class Connection:
         self._was_connected = True
 
     def _receive_with(self, handler: Handler) -> None:
-        async def on_message(_client: Any, topic: Any, payload: bytes, _qos: int, properties: Any) -> int:
-            await handler(topic, payload, bool(properties.get("retain")), bool(properties.get("dup")))
-            return 0
+        """Take PUBLISH packets apart here: gmqtt's own way makes a task for each message and a write for each PUBACK."""
+        packages = self._client._package_handler
 
-        self._client.on_message = on_message
+        def on_publish(first: int, packet: bytes) -> None:
+            end = 2 + (packet[0] << 8 | packet[1])
+            topic, puback = packet[2:end].decode("utf-8", "replace"), b""
+            if first & _QOS:
+                puback = b"\x40\x02" + packet[end : end + 2]
+                end += 2
+            receipt = (packages.current_connection, puback)
+            handler(topic, packet[end:], bool(first & _RETAIN), bool(first & _DUPLICATE), receipt)
+
+        packages._handler_cache[MQTTCommands.PUBLISH] = on_publish
+
+    def acknowledge(self, receipts: Iterable[Receipt]) -> None:
+        """These messages have been used. Receipts of a link that is gone are void: the broker delivers again."""
+        link = self._client._package_handler.current_connection
+        due = b"".join(puback for origin, puback in receipts if origin is link)
+        if due and not link.is_closing():
+            link.send_package(due)
 
     def collect_retained(self, take: Callable[[str, bytes], None]) -> None:
         """Before `open`: give what the broker had kept, and nothing else, to `take`."""
@@ -141,6 +165,12 @@ class Connection:
         """Send at QoS 0. While the link is down the message is dropped: devices ask again."""
         if self._client.is_connected:
             self._client.publish(topic, payload, qos=0)
+
+    def publish_durably(self, topic: str, payload: bytes) -> None:
+        """Send at QoS 1: the broker owes an acknowledgement, and its subscribers get it at least once. Dropped while the
+        link is down."""
+        if self._client.is_connected:
+            self._client.publish(topic, payload, qos=1)
 
     def publish_retained(self, topic: str, payload: bytes) -> None:
         """Leave a message with the broker for whoever subscribes later; an empty one removes what was left."""

@@ -118,7 +118,7 @@ def upgrade() -> None:
         "heartbeats",
         sa.Column("device_id", sa.Text(), nullable=False),
         sa.Column("at", sa.DateTime(timezone=True), nullable=False),
-        sa.Column("beat_no", sa.SmallInteger(), server_default="0", nullable=False),
+        sa.Column("beat_no", sa.Integer(), server_default="0", nullable=False),
         sa.Column("device_time", sa.DateTime(timezone=True), nullable=True),
         sa.Column("uptime", sa.BigInteger(), nullable=True),
         sa.Column("free_memory", sa.BigInteger(), nullable=True),
@@ -128,9 +128,9 @@ def upgrade() -> None:
         sa.Column("error_count", sa.BigInteger(), nullable=True),
         sa.Column("boot_id", sa.Text(), nullable=True),
         sa.Column("extra", postgresql.JSONB(astext_type=sa.Text()), nullable=True),
-        sa.PrimaryKeyConstraint("device_id", "at", "beat_no"),
         postgresql_partition_by="RANGE (at)",
     )
+    op.create_index("heartbeats_of_device", "heartbeats", ["device_id"], unique=False)
     op.create_table(
         "ingest_state",
         sa.Column("source", sa.Text(), nullable=False),
@@ -169,6 +169,16 @@ def upgrade() -> None:
     )
     op.add_column("alerts", sa.Column("severity", sa.Text(), server_default="warning", nullable=False))
     op.add_column("executions", sa.Column("retry_at", sa.DateTime(timezone=True), nullable=True))
+    op.add_column("executions", sa.Column("boot_id", sa.Text(), nullable=True))
+    op.create_index(
+        "executions_retrying",
+        "executions",
+        ["job_no", "wave", "retry_at", "device_id"],
+        unique=False,
+        postgresql_where=sa.text("state = 'QUEUED' AND retry_at IS NOT NULL"),
+    )
+    op.add_column("waves", sa.Column("retrying", sa.Integer(), server_default="0", nullable=False))
+    op.add_column("waves", sa.Column("attempts_failed", sa.Integer(), server_default="0", nullable=False))
     op.drop_index(
         op.f("executions_one_firmware_update"),
         table_name="executions",
@@ -220,12 +230,21 @@ def downgrade() -> None:
         unique=True,
         postgresql_where="(exclusive AND (state = ANY (ARRAY['PENDING'::text, 'QUEUED'::text, 'IN_PROGRESS'::text])))",
     )
+    op.drop_column("waves", "attempts_failed")
+    op.drop_column("waves", "retrying")
+    op.drop_index(
+        "executions_retrying",
+        table_name="executions",
+        postgresql_where=sa.text("state = 'QUEUED' AND retry_at IS NOT NULL"),
+    )
+    op.drop_column("executions", "boot_id")
     op.drop_column("executions", "retry_at")
     op.drop_column("alerts", "severity")
     op.drop_index("shadows_deleted", table_name="shadows", postgresql_where=sa.text("deleted_at IS NOT NULL"))
     op.drop_table("shadows")
     op.drop_table("shadow_history")
     op.drop_table("ingest_state")
+    op.drop_index("heartbeats_of_device", table_name="heartbeats")
     op.drop_table("heartbeats")
     op.drop_index("execution_failures_of_job", table_name="execution_failures")
     op.drop_table("execution_failures")

@@ -10,7 +10,6 @@ from sqlalchemy import (
     Column,
     Index,
     Integer,
-    SmallInteger,
     Text,
     text,
 )
@@ -45,14 +44,19 @@ class Alert(SQLModel, table=True):
 
 
 class HeartbeatRecord(SQLModel, table=True):
-    """Every heartbeat that was acknowledged, in daily partitions; `at` is when it was committed."""
+    """Every heartbeat that was acknowledged, in daily partitions; `at` is when it was committed.
+
+    Without a primary key: its index would cost more at every heartbeat, and keep nothing out that can come in. The index
+    by device alone is smaller, because equal keys are kept once (docs/adr/0018).
+    """
 
     __tablename__ = "heartbeats"
-    __table_args__ = ({"postgresql_partition_by": "RANGE (at)"},)
+    __table_args__ = (Index("heartbeats_of_device", "device_id"), {"postgresql_partition_by": "RANGE (at)"})
+    __mapper_args__ = {"primary_key": ["device_id", "at", "beat_no"]}
 
-    device_id: str = Field(sa_column=Column(Text, primary_key=True))
-    at: datetime = Field(sa_column=Column(moment(False).type, primary_key=True))
-    beat_no: int = Field(default=0, sa_column=Column(SmallInteger, primary_key=True, server_default="0"))
+    device_id: str = Field(sa_column=Column(Text, nullable=False))
+    at: datetime = Field(sa_column=moment(False))
+    beat_no: int = Field(default=0, sa_column=Column(Integer, nullable=False, server_default="0"))
     """Of those of one device in one batch."""
     device_time: datetime | None = Field(default=None, sa_column=moment())
     uptime: int | None = Field(default=None, sa_column=Column(BigInteger))

@@ -523,23 +523,29 @@ async def test_one_device_that_reboots_often_or_whose_messages_come_again_is_no_
     assert await one_device(db, broker) == []
 
 
+def spoil(monkeypatch: pytest.MonkeyPatch, name: str, old: str, new: str) -> None:
+    statement = getattr(store.devicetraffic, name)
+    spoilt = statement.replace(old, new)
+    assert spoilt != statement
+    monkeypatch.setattr(store.devicetraffic, name, spoilt)
+
+
 async def test_without_comparing_times_a_repeated_message_looks_like_a_clone(
     db: Database, broker: Broker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    statement = store.devicetraffic._UPSERT_PRESENCE
-    careless = statement.replace("OR excluded.device_time > p.former_times", "OR true OR now() > p.former_times")
-    assert careless != statement
-    monkeypatch.setattr(store.devicetraffic, "_UPSERT_PRESENCE", careless)
+    spoil(monkeypatch, "_RECORD_DOUBTFUL", "WHERE NOT EXISTS", "WHERE true OR NOT EXISTS")
+    assert await one_device(db, broker) == [], "what is taken for new is still compared with its boot's last time"
+    spoil(monkeypatch, "_SAVE_LATER", "OR excluded.device_time > p.former_times", "OR true OR now() > p.former_times")
+    async with db.pool.connection() as connection:
+        await connection.execute("TRUNCATE devices, releases, jobs, waves, executions, presence, heartbeats")
     assert await one_device(db, broker) == ["motor-2"]
 
 
 async def test_without_the_count_of_returns_nobody_sees_the_clone(
     db: Database, broker: Broker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    statement = store.devicetraffic._UPSERT_PRESENCE
-    blind = statement.replace("boot_returns >= 2", "boot_returns >= 2000000")
-    assert blind != statement
-    monkeypatch.setattr(store.devicetraffic, "_UPSERT_PRESENCE", blind)
+    for name in ("_SAVE", "_SAVE_LATER"):
+        spoil(monkeypatch, name, "boot_returns >= 2", "boot_returns >= 2000000")
     async with identity_door(db, broker) as (door, _):
         await beats(door, "motor-1", [(boot, 1000.0 + 10 * turn) for turn in range(4) for boot in ("aa", "bb")])
         assert await alarmed(db) == []
@@ -557,7 +563,7 @@ async def leave_and_come_back(db: Database, broker: Broker) -> tuple[Any, ...]:
             await ask_for_command(door, "motor-1")
             await door.client.publish(topic, beat("aa", 2.0, uptime=2), qos=1)
             await ask_for_command(door, "motor-1")
-        async with open_door(db, broker, fleet, "another-gateway") as door:
+        async with open_door(db, broker, fleet, f"another-{time.monotonic_ns()}") as door:
             await door.ask("motor-1", "get")
             await asyncio.sleep(0.3)
         return (await rows(db, "SELECT uptime, boot_id FROM presence"))[0]
@@ -575,8 +581,9 @@ async def test_without_the_look_at_the_flag_a_kept_message_counts(
 ) -> None:
     original = gateway.service.Gateway.receive
 
-    async def blind(self: Any, topic: Any, payload: bytes, retained: bool = False, duplicate: bool = False) -> None:
-        await original(self, topic, payload, False, duplicate)
+    def blind(self: Any, topic: Any, payload: bytes, retained: bool, duplicate: bool, receipt: Any) -> None:
+        original(self, topic, payload, False, duplicate, receipt)
 
     monkeypatch.setattr(gateway.service.Gateway, "receive", blind)
+    spoil(monkeypatch, "_RECORD_DOUBTFUL", "WHERE NOT EXISTS", "WHERE true OR NOT EXISTS")
     assert await leave_and_come_back(db, broker) == (1, "aa")

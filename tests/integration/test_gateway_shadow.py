@@ -281,11 +281,17 @@ async def test_without_the_count_a_flood_goes_through(
 # --- delivered twice -------------------------------------------------------------------------------------------------
 
 
+async def deliver(door: Door, topic: str, payload: bytes, duplicate: bool = False) -> None:
+    """Give the gateway a message as if its broker had, and wait until it has been used."""
+    door.gateway.receive(topic, payload, False, duplicate, (None, b""))
+    await ask(door, "motor-1", "get")
+
+
 async def deliver_twice(door: Door, payload: bytes) -> None:
     """As a broker that got no acknowledgement: the gateway's handler is called again, with the mark of a duplicate."""
     topic = shadow_topic("motor-1", "", "update")
-    await door.gateway.receive(topic, payload)
-    await door.gateway.receive(topic, payload, False, True)
+    await deliver(door, topic, payload)
+    await deliver(door, topic, payload, duplicate=True)
 
 
 def _forgetful(real: Any) -> Any:
@@ -326,9 +332,9 @@ async def test_the_same_said_again_is_not_taken_for_a_repetition(db: Database, b
     """Without the broker's mark; and with it, where the update does not say which one it is."""
     topic, payload = shadow_topic("motor-1", "", "update"), orjson.dumps({"state": {"reported": {"power": "on"}}})
     async with shadow_door(db, broker) as door:
-        await door.gateway.receive(topic, payload)
+        await deliver(door, topic, payload)
         await report(door, "motor-1", {"power": "off"})
-        await door.gateway.receive(topic, payload, False, True)
+        await deliver(door, topic, payload, duplicate=True)
         assert (await ask(door, "motor-1", "get"))["state"]["reported"] == {"power": "on"}
         for _ in range(2):
             await ask(door, "motor-1", "update", {"state": {"reported": {"power": "on"}}}, token="same")

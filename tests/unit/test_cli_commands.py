@@ -68,11 +68,15 @@ def test_the_commands_are_those_of_the_documentation() -> None:
         "enrolment list", "enrolment show", "enrolment approve", "enrolment reject", "enrolment resolve",
         "broker list", "broker setup",
         "shadow get", "shadow set", "shadow wait", "shadow delete", "shadow history", "shadow list",
-        "device lookup", "audit", "alert list", "alert acknowledge", "alert resolve",
+        "device lookup", "diagnose", "audit", "alert list", "alert acknowledge", "alert resolve",
         "release keygen", "release publish", "release list", "release show",
         "rollout start", "rollout watch", "rollout show", "rollout list", "rollout pause", "rollout resume",
         "rollout approve", "rollout promote", "rollout abort", "rollout adjust", "rollout device", "rollout devices",
         "rollout events",
+        "job start", "job watch", "job show", "job list", "job pause", "job resume", "job cancel", "job retry",
+        "job explain", "job devices", "job failures", "job events",
+        "job schedule create", "job schedule list", "job schedule pause", "job schedule resume", "job schedule trigger",
+        "job schedule delete",
     }  # fmt: skip
 
 

@@ -204,3 +204,41 @@ def test_a_device_cannot_claim_the_silence_that_only_the_server_can_tell() -> No
     book.admit(only(book), 10.0, None)
     book.report(only(book), Report(S.FAILED, {"failure": "silent", "reason": "?"}), 20.0)
     assert only(book).failure_class == "internal"
+
+
+APPLIED = Report(S.IN_PROGRESS, {"step": "installing"})
+
+
+@pytest.mark.parametrize(
+    ("again", "known"),
+    [
+        (APPLIED, True),
+        (Report(S.IN_PROGRESS), True),
+        (Report(S.IN_PROGRESS, {"step": "installing"}, expected_version=2, execution_number=1), True),
+        (Report(S.IN_PROGRESS, {"step": "installing"}, expected_version=3), False),
+        (Report(S.IN_PROGRESS, {"step": "installing"}, expected_version=1), False),
+        (Report(S.IN_PROGRESS, {"step": "confirming"}), False),
+        (Report(S.IN_PROGRESS, {}), False),
+        (Report(S.SUCCEEDED, {"step": "installing"}), False),
+        (Report(S.IN_PROGRESS, {"step": "installing"}, execution_number=2), False),
+    ],
+)
+def test_a_report_that_comes_again_is_known_by_its_status_details_attempt_and_version(
+    again: Report, known: bool
+) -> None:
+    book = ledger(1)
+    book.admit(only(book), 1.0, None)
+    assert book.report(only(book), APPLIED, 2.0) is None and only(book).version_number == 3
+    assert book.has_applied(only(book), again) is known
+    assert not book.has_applied(None, again)
+
+
+@pytest.mark.parametrize(
+    "report", [Report(S.SUCCEEDED, SUCCESS), Report(S.SUCCEEDED, {"version": "1"}), Report(S.FAILED, {"reason": "no"})]
+)
+def test_a_last_report_is_known_whatever_it_was_judged_to_be(report: Report) -> None:
+    book = ledger(1)
+    book.admit(only(book), 1.0, None)
+    assert not book.has_applied(only(book), report)
+    book.report(only(book), report, 2.0)
+    assert book.has_applied(only(book), report)
