@@ -69,6 +69,24 @@ def parse_spec(data: bytes, source: str, model: type[BaseModel] = RolloutSpec) -
         raise SpecError(source, sorted(mistakes, key=lambda m: m.line or 0)) from None
 
 
+M = TypeVar("M", bound=BaseModel)
+
+
+def parse_model(data: bytes, source: str, model: type[M]) -> M:
+    """A document of another kind, read as strictly. Raises SpecError with every mistake, each with its line."""
+    document = _document(data, source)
+    try:
+        return model.model_validate(_plain(document))
+    except _TooLargeError:
+        raise SpecError(
+            source, [Mistake("(document)", f"more than {MAX_NODES} values; are there aliases in it?")]
+        ) from None
+    except ValidationError as error:
+        faults = faults_of(error, model)
+        mistakes = [Mistake(path_of(f.where), f.message, _line(document, f)) for f in faults]
+        raise SpecError(source, sorted(mistakes, key=lambda m: m.line or 0)) from None
+
+
 def _document(data: bytes, source: str) -> CommentedMap:
     if len(data) > MAX_SPEC_BYTES:
         raise SpecError(source, [Mistake("(document)", f"{len(data)} bytes, expected at most {MAX_SPEC_BYTES}")])
