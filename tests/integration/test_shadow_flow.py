@@ -29,8 +29,9 @@ from models.shadow import CheckShadowInput, EndShadowInput, SyncOutcome, SyncSha
 from store.access import bar, change_access
 from store.engine import Database
 from store.lifecycle import standing
+from store.retention import delete_old
 from store.shadow_syncing import ShadowSyncStore
-from store.shadows import clear_shadows, delete_shadow, get_shadow, purge_deleted, save_shadows, set_desired
+from store.shadows import clear_shadows, delete_shadow, get_shadow, save_shadows, set_desired
 from store.waits import happened
 from tests.agent_standin import serving_artifacts
 from tests.cli_runner import Ran, run
@@ -408,9 +409,6 @@ async def test_changes_from_here_keep_the_same_rules(db: Database) -> None:
         with pytest.raises(ConflictError):
             await delete_shadow(connection, DEVICE, "", "alice", 7)
         await delete_shadow(connection, DEVICE, "", "alice", 2)
-        assert await purge_deleted(connection) == 0
-        await connection.execute("UPDATE shadows SET deleted_at = now() - interval '49 hours'")
-        assert await purge_deleted(connection) == 1
         await set_desired(connection, DEVICE, "x", {"a": 1}, "alice")
         assert (await clear_shadows(connection, DEVICE), await clear_shadows(connection, DEVICE)) == (1, 0)
         await happened(connection, [(DEVICE, DeviceHappening.SHADOW_REPORTED, {})])
@@ -436,3 +434,15 @@ async def test_the_agent_as_a_process_becomes_what_is_wanted_and_again_after_a_r
         finally:
             if rig.process is not None and rig.process.returncode is None:
                 await rig.end(signal.SIGKILL)
+
+
+async def test_the_version_of_a_shadow_that_was_deleted_is_forgotten_after_two_days(db: Database) -> None:
+    await add_devices(db, 2)
+    async with db.pool.connection() as connection:
+        for device in (DEVICE, "motor-2"):
+            await set_desired(connection, device, "", {"a": 1}, "alice")
+        await delete_shadow(connection, DEVICE, "", "alice")
+    assert await delete_old(db, timedelta(days=30)) == {}
+    await rows(db, "UPDATE shadows SET deleted_at = deleted_at - interval '49 hours' RETURNING 1")
+    assert await delete_old(db, timedelta(days=30)) == {"shadows": 1}
+    assert await rows(db, "SELECT device_id FROM shadows") == [("motor-2",)]
