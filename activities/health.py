@@ -13,7 +13,6 @@ from store.engine import Database
 from store.offline import sweep_offline
 from store.partitions import Kept, turn_partitions
 from store.retention import delete_old
-from store.shadows import purge_deleted
 
 log = structlog.get_logger("health")
 
@@ -76,9 +75,6 @@ class HealthActivities:
         deleted = await delete_old(self.db, timedelta(days=self.quarantine_days))
         if turned.deleted:
             deleted["strays"] = turned.deleted
-        async with self.db.pool.connection() as connection:
-            if gone := await purge_deleted(connection):
-                deleted["shadows"] = gone
         said = [
             f"made {len(turned.made)} partitions, dropped {len(turned.dropped)}",
             *([f"moved {turned.moved} rows into the partition of their day"] if turned.moved else []),
