@@ -32,12 +32,16 @@ from activities.authorities import AuthorityActivities, AuthorityWatch
 from activities.cache import CacheRelay
 from activities.configuration import ConfigurationActivities
 from activities.decommission import DecommissionActivities
+from activities.diagnostics import DiagnosticActivities
 from activities.enrolment_hook import EnrolmentHook
+from activities.fleet_jobs import FleetJobActivities
 from activities.fleet_rotation import FleetRotationActivities
+from activities.health import HealthActivities
 from activities.provisioning import IssuingActivities, ProvisioningActivities
 from activities.relay import OutboxRelay
 from activities.rollouts import RolloutActivities
 from activities.rotation import RotationActivities
+from activities.shadow import ShadowActivities
 from activities.signing import CertificateSigner
 from models.errors import InvalidInputError, TidegateError, UnavailableError
 from models.lifecycle import RotateFleetInput
@@ -47,23 +51,31 @@ from pki.signer import FileKeyStore, key_store
 from store.configuring import ConfiguringStore
 from store.decommission import DecommissionStore
 from store.deltas import DeltaStore
+from store.diagnostics import DiagnosticStore
 from store.engine import Database
+from store.fleetjobs import FleetJobStore
 from store.provisioning import ProvisioningStore
 from store.rollouts import RolloutStore
 from store.rotation import RotationStore
+from store.shadow_syncing import ShadowSyncStore
 from transport.publisher import Publisher
 from transport.retained import RetainedMessages
 from workflows import options
 from workflows.client import connect, ensure_schedules, register_search_attributes
 from workflows.configuration import ConfigurationWorkflow
 from workflows.decommission import DecommissionWorkflow
+from workflows.diagnostic import DiagnosticWorkflow
+from workflows.fleet_job import FleetJobWorkflow
 from workflows.fleet_rotation import FleetRotationWorkflow
 from workflows.lifecycle_client import ROTATION_SCHEDULE, TemporalFlows, ensure_rotation_schedule
+from workflows.offline import OfflineSweepWorkflow
 from workflows.provisioning import ProvisioningWorkflow
 from workflows.reissue import ReissueCertificateWorkflow
+from workflows.retention import RetentionWorkflow
 from workflows.rollout import RolloutWorkflow
 from workflows.rotation import CertificateRotationWorkflow
 from workflows.sandbox import runner
+from workflows.shadow_sync import ShadowSyncWorkflow
 from workflows.upkeep import CrlUpkeepWorkflow
 from workflows.wave import WaveWorkflow
 
@@ -118,6 +130,8 @@ class Lifecycle:
     rotation: RotationActivities
     decommission: DecommissionActivities
     fleet: FleetRotationActivities
+    shadow: ShadowActivities
+    diagnostics: DiagnosticActivities
 
     @classmethod
     def of(cls, db: Database, client: Client, publisher: Publisher, settings: Settings) -> "Lifecycle":
@@ -128,12 +142,15 @@ class Lifecycle:
             RotationActivities(certificates, publisher),
             DecommissionActivities(DecommissionStore(db), flows, publisher, RetainedMessages(settings)),
             FleetRotationActivities(certificates, flows),
+            ShadowActivities(ShadowSyncStore(db), publisher),
+            DiagnosticActivities(DiagnosticStore(db), publisher),
         )
 
     @property
     def short(self) -> list[Callable[..., Any]]:
         """Of one transaction, or a few seconds at most."""
         configuration, rotation, decommission = self.configuration, self.rotation, self.decommission
+        diagnostics = self.diagnostics
         return [
             configuration.want_configuration,
             configuration.hint_configuration,
@@ -143,6 +160,9 @@ class Lifecycle:
             rotation.settle_rotation,
             rotation.give_up_rotation,
             rotation.revert_rotation,
+            self.shadow.want_shadow,
+            self.shadow.check_shadow,
+            self.shadow.end_shadow,
             decommission.begin_decommission,
             decommission.stop_flows,
             decommission.ask_to_wipe,
@@ -150,6 +170,10 @@ class Lifecycle:
             decommission.clear_retained,
             decommission.alert_retained_left,
             decommission.end_decommission,
+            diagnostics.open_question,
+            diagnostics.publish_question,
+            diagnostics.end_question,
+            diagnostics.look_at_boot,
         ]
 
     @property
@@ -163,7 +187,10 @@ LIFECYCLE_WORKFLOWS: list[type] = [
     CertificateRotationWorkflow,
     DecommissionWorkflow,
     FleetRotationWorkflow,
+    ShadowSyncWorkflow,
+    DiagnosticWorkflow,
 ]
+HEALTH_WORKFLOWS: list[type] = [OfflineSweepWorkflow, RetentionWorkflow]
 
 
 def workers(
@@ -173,6 +200,8 @@ def workers(
     watch: AuthorityWatch,
     provisioning: ProvisioningActivities,
     lifecycle: Lifecycle,
+    health: HealthActivities,
+    jobs: FleetJobActivities,
     authorities: AuthorityActivities | None = None,
     issuing: IssuingActivities | None = None,
 ) -> list[Worker]:
@@ -187,13 +216,16 @@ def workers(
         workflows=[
             RolloutWorkflow,
             WaveWorkflow,
+            FleetJobWorkflow,
             ProvisioningWorkflow,
             ReissueCertificateWorkflow,
             CrlUpkeepWorkflow,
             *LIFECYCLE_WORKFLOWS,
+            *HEALTH_WORKFLOWS,
         ],
         activities=[
             rollouts.plan_rollout,
+            jobs.plan_fleet_job,
             rollouts.write_plain_document,
             rollouts.close_wave,
             rollouts.check_promotable,
@@ -205,6 +237,8 @@ def workers(
             provisioning.mark_configured,
             provisioning.activate_device,
             provisioning.undo_provisioning,
+            health.sweep_offline,
+            health.keep_history,
             *lifecycle.short,
         ],
         workflow_runner=runner(),
@@ -215,7 +249,7 @@ def workers(
     dispatch = Worker(
         client,
         task_queue=options.DISPATCH_QUEUE,
-        activities=[rollouts.drive_wave, rollouts.finish_rollout, *lifecycle.lasting],
+        activities=[rollouts.drive_wave, rollouts.finish_rollout, rollouts.cancel_running, *lifecycle.lasting],
         max_concurrent_activities=DRIVERS,
         max_heartbeat_throttle_interval=BEAT_THROTTLE,
         **common,
@@ -271,15 +305,16 @@ def _keys(settings: Settings) -> FileKeyStore | None:
 
 
 async def _schedule(client: Client, settings: Settings, *, signs: bool) -> None:
-    """Upkeep by the clock; revocation lists where this worker signs, because without a CA there is nothing to keep."""
+    """Upkeep by the clock; of revocation lists where this worker signs, because without a CA there is nothing to keep."""
     sweep = RotateFleetInput(overlap=timedelta(hours=settings.rotation_overlap_hours))
     try:
         made = [ROTATION_SCHEDULE] if await ensure_rotation_schedule(client, sweep) else []
-        if signs:
-            made += await ensure_schedules(client, timedelta(hours=settings.crl_hours))
+        made += await ensure_schedules(client, timedelta(hours=settings.crl_hours) if signs else None)
     except RPCError as error:
         log.warning(
-            "cannot make schedules; lists are signed on revocations alone, no rotation starts", reason=str(error)
+            "cannot make schedules; lists are signed on revocations alone, no rotation starts, nobody is found offline, "
+            "history is not kept by days",
+            reason=str(error),
         )
     else:
         if made:
@@ -312,11 +347,13 @@ async def serve(settings: Settings) -> None:
             issuing = IssuingActivities(ProvisioningStore(db), signer)
         running = workers(
             client,
-            RolloutActivities(store, publisher),
+            RolloutActivities(store, publisher, TemporalFlows(client)),
             ArtifactActivities(ArtifactStore.of(settings), DeltaStore(db), store),
             AuthorityWatch(db),
             ProvisioningActivities(ProvisioningStore(db), EnrolmentHook(settings.enrolment_hook_url)),
             Lifecycle.of(db, client, publisher, settings),
+            HealthActivities.of(db, settings),
+            FleetJobActivities(FleetJobStore(db)),
             authorities,
             issuing,
         )

@@ -24,9 +24,14 @@ from agent.bootloader import Boot, BootLoader
 from agent.client import Broker, JobsClient, MqttReports, Passports, Patience
 from agent.commands import Commander, Enrolled, Rhythm
 from agent.configuration import ConfigurationStore, Configurator
+from agent.diagnoser import Diagnoser
+from agent.diagnostics import Diagnostics, LinuxSurroundings
 from agent.download import Downloader, DownloadPolicy
 from agent.errors import RejectedError, UnansweredError
 from agent.image import Behaviour, behaviour_of, version_in
+from agent.logbook import LogBook
+from agent.reboot import RebootGuard
+from agent.shadow import ShadowKeeper
 from agent.slots import Slots
 from agent.storage import Storage
 from agent.updater import Identity, Leg, Updater
@@ -105,6 +110,7 @@ class Device:
         self._watch = watch
         self._enrolled = enrolled
         self.online = online or asyncio.Event()
+        self.log = LogBook(clock)
         self._configuration = ConfigurationStore(storage)
         self._boot_id = secrets.token_hex(8)
         self._started = time.monotonic()
@@ -121,6 +127,7 @@ class Device:
         self._configuration = ConfigurationStore(self._storage)
         if self._watch is not None:
             self._watch(boot)
+        self._note_boot(boot)
         image = Slots(self._storage).image(boot.slot)
         match behaviour := self._behave(boot, image):
             case Behaviour.CRASH:
@@ -137,7 +144,7 @@ class Device:
         thing, passports = self._config.identity.device_id, None
         if self._enrolled is not None:
             passports = Passports(self._enrolled.credentials, self._enrolled.trust)
-        client = JobsClient(thing, self._config.broker, self._config.patience, self._rng, passports)
+        client = JobsClient(thing, self._config.broker, self._config.patience, self._rng, passports, self.log)
 
         async def self_test() -> str | None:
             return _self_test(boot, image, behaviour)
@@ -145,6 +152,7 @@ class Device:
         downloader = Downloader(self._storage, self._http, self._config.download)
         updater = Updater(self._config.identity, boot, self._storage, downloader, self._clock, self_test)
         wiping: asyncio.Task[None] | None = None
+        rebooting: asyncio.Task[None] | None = None
         async with asyncio.TaskGroup() as tasks:
             helpers, ends = [], []
             if behaviour is not Behaviour.NO_NETWORK:
@@ -153,8 +161,11 @@ class Device:
                     self._beat(client, boot),
                     self._announce(client),
                     self._configurator(client).run(),
+                    ShadowKeeper(client, self._config.timing.poll_seconds, self._config.timing.retry_seconds).run(),
                 )
                 helpers = [tasks.create_task(part) for part in parts]
+                rebooting = tasks.create_task(self._diagnoser(client, updater).run())
+                ends.append(rebooting)
                 if passports is not None:
                     wiping = tasks.create_task(self._commander(client, passports).run())
                     ends.append(wiping)
@@ -164,18 +175,38 @@ class Device:
                 helpers.append(tasks.create_task(self._guard(updater, work)))
             try:
                 await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
-                wiped = wiping is not None and wiping.done() and not wiping.cancelled()
+                wiped, ordered = _has_ended(wiping), _has_ended(rebooting)
             finally:
                 for helper in [*helpers, *ends]:
                     helper.cancel()
         if wiped and self._enrolled is not None:
             self._enrolled.credentials.wipe()
             return Reset.WIPED
-        return Reset.UNCONFIRMED if work.cancelled() else Reset.REQUESTED
+        return Reset.UNCONFIRMED if work.cancelled() and not ordered else Reset.REQUESTED
 
     def _configurator(self, client: JobsClient) -> Configurator:
         timing = self._config.timing
         return Configurator(client, self._configuration, timing.poll_seconds, timing.retry_seconds)
+
+    def _diagnoser(self, client: JobsClient, updater: Updater) -> Diagnoser:
+        identity, store = self._config.identity, self._configuration
+        surroundings = LinuxSurroundings(lambda: self._storage.path(""), self._uptime, lambda: client.errors)
+
+        def busy() -> str | None:
+            return "a new image is on trial" if updater.on_trial else None
+
+        guard = RebootGuard(self._storage, identity.keys, identity.device_id, self._clock, busy)
+        return Diagnoser(client, Diagnostics(surroundings, self.log, lambda: store.current, self._clock), guard)
+
+    def _uptime(self) -> float:
+        return time.monotonic() - self._started
+
+    def _note_boot(self, boot: Boot) -> None:
+        trial = ", on trial" if boot.trial else ""
+        self.log.note(f"boot {self._boot_id}: slot {boot.slot} runs {boot.version} ({boot.sha256[:16]}){trial}")
+        fallback = Slots(self._storage).load().fallback
+        if fallback is not None:
+            self.log.note(f"fell back to this image: {fallback.reason}")
 
     def _commander(self, client: JobsClient, passports: Passports) -> Commander:
         assert self._enrolled is not None
@@ -241,7 +272,7 @@ class Device:
         return {
             "deviceId": self._config.identity.device_id,
             "timestamp": int(self._clock() * 1000),
-            "uptime": int(time.monotonic() - self._started),
+            "uptime": int(self._uptime()),
             "freeMemory": 64 * 2**20 + self._rng.randrange(2**20),
             "cpuTemperature": round(self._rng.gauss(45, 3), 1),
             "firmwareVersion": boot.version,
@@ -250,6 +281,11 @@ class Device:
             "firmwareSha256": boot.sha256,
             "bootId": self._boot_id,
         }
+
+
+def _has_ended(task: "asyncio.Task[None] | None") -> bool:
+    """By itself, that is."""
+    return task is not None and task.done() and not task.cancelled()
 
 
 def _self_test(boot: Boot, image: bytes, behaviour: Behaviour) -> str | None:

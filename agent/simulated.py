@@ -18,14 +18,17 @@ from typing import Any
 import orjson
 
 from agent.bootloader import Boot, BootLoader
+from agent.configuration import Configuration
+from agent.diagnostics import Diagnostics
 from agent.faults import Fate
 from agent.jobs import Execution, failure_details, parse_execution, update_request
+from agent.logbook import LogBook
 from agent.slots import BootRecord, Slot, Slots, SlotState
 from firmware.errors import FirmwareError
 from firmware.keys import TrustedKeys
 from firmware.manifest import attempt_key
 from firmware.verify import DeviceFacts, verify_update
-from models.protocol import ErrorCode, ExecutionState, FailureClass, Step, jobs_topic
+from models.protocol import ErrorCode, ExecutionState, FailureClass, Step, diagnostics_topic, jobs_topic
 
 Publish = Callable[[str, bytes], None]
 
@@ -75,7 +78,7 @@ class SimulatedDevice:
 
     __slots__ = (
         "_body", "_count", "_execution", "_fate", "_fruitless", "_hardware", "_hinted", "_key", "_keys", "_parts", "_publish",
-        "_rhythm", "_slots", "_version", "_wanted", "boots", "device_id", "due", "finished", "installs", "outcomes", "stage",
+        "_rhythm", "_slots", "_started", "_version", "_wanted", "boots", "device_id", "due", "finished", "installs", "outcomes", "stage",
     )  # fmt: skip
 
     def __init__(
@@ -104,6 +107,7 @@ class SimulatedDevice:
         self._count = 0
         self._parts: tuple[str, ...] = ()
         self._body: dict[str, Any] = {}
+        self._started = time.monotonic()
         self.stage = Stage.IDLE
         self.due: float | None = None
         self.boots = 1
@@ -135,6 +139,9 @@ class SimulatedDevice:
 
     def receive(self, topic: str, payload: memoryview) -> None:
         """A message for this device."""
+        if topic.endswith("/diagnostics/request"):
+            self._diagnose(payload)
+            return
         if topic.endswith("/notify-next"):
             if b'"execution"' in bytes(payload):
                 self._fruitless, self._hinted = 0, self.stage is not Stage.IDLE
@@ -150,6 +157,32 @@ class SimulatedDevice:
             self._answered(body)
         else:
             self._accepted()
+
+    def _diagnose(self, payload: memoryview) -> None:
+        """Modelled figures, and the outcomes as its log; no reboot, for there is nothing to boot."""
+        try:
+            asked = orjson.loads(payload)
+        except orjson.JSONDecodeError:
+            return
+        if not isinstance(asked, dict):
+            return
+        log = LogBook()
+        for job_id, status in self.outcomes.items():
+            log.note(f"job {job_id}: {status or 'ended by the server'}")
+        answer = Diagnostics(self, log, Configuration).answer(str(asked.get("type")), asked)
+        body = {"requestId": asked.get("requestId"), **answer}
+        self._publish(diagnostics_topic(self.device_id, "response"), orjson.dumps(body))
+
+    def system_info(self) -> dict[str, Any]:
+        """See agent.diagnostics.Surroundings."""
+        return {
+            "uptime": int(time.monotonic() - self._started),
+            "freeMemory": 64 * 2**20,
+            "totalMemory": 256 * 2**20,
+            "cpuTemperature": 45.0,
+            "diskUsage": {"total": 2**30, "used": 2**28, "free": 3 * 2**28},
+            "networkStatus": {"connected": True, "connectionErrors": 0, "interfaces": []},
+        }
 
     def _answered(self, body: dict[str, Any]) -> None:
         execution = parse_execution(body)
@@ -280,6 +313,7 @@ def filters_of(device_id: str) -> list[str]:
         jobs_topic(device_id, "notify-next"),
         jobs_topic(device_id, "start-next", "+"),
         jobs_topic(device_id, "+", "update", "+"),
+        diagnostics_topic(device_id, "request"),
     ]
 
 

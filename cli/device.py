@@ -19,6 +19,7 @@ from models.device import DeviceFacts, DeviceFilter, DeviceStatus
 from models.errors import InvalidInputError, Mistake, NotFoundError, SpecError
 from models.quantities import parse_duration
 from store.registry import Registry
+from store.shadows import list_shadows
 
 app = typer.Typer(
     help="Devices: import, list, show, look up, enrol one by hand, configure, rotate, decommission.",
@@ -122,7 +123,11 @@ async def show_device(
     async with session.database() as db:
         registry = Registry(db)
         device = await (registry.get(device_id) if device_id is not None else registry.get_by_serial(serial or ""))
+        async with db.pool.connection() as connection:
+            shadows = await list_shadows(connection, device.device_id)
     session.out.result(device, facts(_facts_of(device)))
+    if shadows:
+        session.out.say(f"its shadows: 'shadow list {device.device_id}'")
 
 
 @command(app, "lookup")

@@ -12,7 +12,9 @@ from temporalio.client import WorkflowUpdateFailedError, WorkflowUpdateRPCTimeou
 from temporalio.exceptions import ApplicationError, WorkflowAlreadyStartedError
 from temporalio.service import RPCError, RPCStatusCode
 
+from cli.causes import cause_parts
 from cli.command import Session, command, whoami
+from cli.diagnose import attached
 from cli.explain import why_here, why_not_in
 from cli.output import ExitStatus, as_dict, facts, table, when
 from cli.screen import Snapshot, current_wave, event_text, object_of, screen, specification
@@ -34,6 +36,7 @@ from models.rollout import (
     StartRolloutInput,
 )
 from models.spec import RolloutSpec
+from store.diagnostics import DiagnosticStore
 from store.engine import Database
 from store.registry import Registry
 from store.rollouts import RolloutStore
@@ -106,8 +109,20 @@ async def watch(session: Session, name: Name, timeout: Timeout = None, stay: Sta
 
 
 @command(app, "show")
-async def show(session: Session, name: Name) -> ExitStatus:
-    """Show where a rollout stands now, and its specification. Exit status 0 unless it cannot be shown."""
+async def show(
+    session: Session,
+    name: Name,
+    one: Annotated[
+        str | None, typer.Option("--device", metavar="DEVICE", help="Show one device of it, as 'rollout device' does.")
+    ] = None,
+) -> ExitStatus:
+    """Show where a rollout stands now, why devices failed, and its specification.
+
+    Exit status 0 unless it cannot be shown.
+    """
+    if one is not None:
+        await _show_device(session, name, one)
+        return ExitStatus.SUCCEEDED
     async with session.database() as db:
         looking = Watch(session, db, name, await temporal_if_there(session))
         found = await looking.until_planned(0)
@@ -118,9 +133,13 @@ async def show(session: Session, name: Name) -> ExitStatus:
         session.out.result({"name": name, "phase": "planning"}, f"rollout {name} is being planned")
     else:
         view = found.view
+        async with session.database() as db:
+            causes = await RolloutStore(db).causes(view.job_no)
         times = [("planned", view.created_at), ("started", view.started_at), ("finished", view.finished_at)]
         shown = facts([*specification(view.spec), ("requested by", view.requested_by), *times])
-        session.out.result(object_of(found), [screen(found), "", shown])
+        told = [*cause_parts(causes), ""] if causes else []
+        data = object_of(found) | {"causes": [as_dict(cause) for cause in causes]}
+        session.out.result(data, [screen(found), "", *told, shown])
     return ExitStatus.SUCCEEDED
 
 
@@ -206,7 +225,11 @@ async def adjust(
 async def device(
     session: Session, name: Name, device_id: Annotated[str, typer.Argument(metavar="DEVICE", help="Device id.")]
 ) -> None:
-    """Show where one device stands in a rollout, and why."""
+    """Show where one device stands in a rollout, why, and what it said when it was asked about a failure."""
+    await _show_device(session, name, device_id)
+
+
+async def _show_device(session: Session, name: str, device_id: str) -> None:
     async with session.database() as db:
         store, now = RolloutStore(db), datetime.now(UTC)
         rollout = await store.show(name)
@@ -216,13 +239,18 @@ async def device(
         except NotFoundError as error:
             why = why_not_in(known, rollout, now)
             raise NotFoundError(f"device {device_id} is not part of rollout {name}: {why}") from error
+        asked = await DiagnosticStore(db).of_execution(rollout.job_no, device_id)
     why = why_here(found, rollout, now)
     pairs: list[tuple[str, object]] = [("device", f"{device_id}, {known.device_type} at {known.site_id}")]
     pairs += [("state", f"{found.state} in wave {found.wave} ({found.wave_name})"), ("why", why)]
     names = ("execution_number", "step", "failure_class", "base_version", "by_delta", "queued_at", "started_at",
              "updated_at", "finished_at", "deadline_at", "status_details")  # fmt: skip
     pairs += [(field.replace("_", " "), getattr(found, field)) for field in names]
-    session.out.result({**as_dict(found), "why": why}, facts(pairs))
+    pairs += attached(asked)
+    if asked:
+        pairs.append(("all of it", f"starter.py diagnose {device_id}"))
+    data = {**as_dict(found), "why": why, "diagnostics": [as_dict(view) for view in asked]}
+    session.out.result(data, facts(pairs))
 
 
 @command(app, "devices")

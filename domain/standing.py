@@ -33,6 +33,11 @@ def why_not_configure(device: Standing) -> str | None:
     return _why_not("configure", device)
 
 
+def why_not_want(device: Standing) -> str | None:
+    """Why nothing can be wanted of a device's shadow."""
+    return _why_not("change the shadow of", device)
+
+
 def why_not_rotate(device: Standing) -> str | None:
     """Why a device cannot be asked for a new key."""
     refused = _why_not("rotate the certificate of", device)

@@ -1,7 +1,8 @@
 """The configuration's shadow: what a device asks of it or reports to it, and what is answered. Pure.
 
-A subset of AWS IoT's named shadows: `get`, and `update` of the reported section. Answers are built while the batch's
-configurations are at hand and published only after they have been committed; a delta goes out before its `accepted`.
+A subset of AWS IoT's named shadows (docs/adr/0016): `get`, and `update` of the reported section, which replaces it whole.
+Answers are built while the batch's configurations are at hand and published only after they have been committed, in the
+order delta, documents, accepted.
 """
 
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import orjson
 
 from domain.configurations import DeviceConfig, delta_message
+from domain.shadow import metadata_of
 from gateway.jobs import Outgoing
 from gateway.requests import BadRequest, Request
 from models.protocol import CONFIG_SHADOW, RequestTopic, Verb, config_topic
@@ -28,16 +30,19 @@ def answer_config(request: Request, config: DeviceConfig | None, now: float) -> 
         return [_rejection(topic, token, 409, message, now)]
     report = request.config
     assert report is not None
+    before = _document(config, delta=False)
     config.report(report, now)
     messages: list[Outgoing] = []
     if (delta := delta_message(config, now, token)) is not None:
         messages.append((config_topic(topic.thing, "update", "delta"), orjson.dumps(delta)))
+    documents = _signed_off({"previous": before, "current": _document(config, delta=False)}, token, now)
+    messages.append((config_topic(topic.thing, "update", "documents"), orjson.dumps(documents)))
     sent: dict[str, Any] = {"version": report.version}
     if report.config is not None:
         sent["config"] = report.config
     body = {
         "state": {"reported": sent},
-        "metadata": {"reported": _metadata(sent, now)},
+        "metadata": {"reported": metadata_of(sent, int(now))},
         "version": config.document_version,
     }
     return [*messages, _accepted(topic, token, body, now)]
@@ -48,23 +53,18 @@ def reject_config(topic: RequestTopic, bad: BadRequest, now: float) -> list[Outg
     return [_rejection(topic, bad.token, bad.shadow_code, bad.message, now)]
 
 
-def _document(config: DeviceConfig) -> dict[str, Any]:
+def _document(config: DeviceConfig, delta: bool = True) -> dict[str, Any]:
     state: dict[str, Any] = {}
     metadata: dict[str, Any] = {}
     if config.desired_version > 0:
         state["desired"] = {"version": config.desired_version, "config": config.desired or {}}
-        metadata["desired"] = _metadata(state["desired"], config.desired_at or 0)
+        metadata["desired"] = metadata_of(state["desired"], int(config.desired_at or 0))
     if config.reported_at is not None:
         state["reported"] = {"version": config.reported_version, "config": config.reported}
-        metadata["reported"] = _metadata(state["reported"], config.reported_at)
-    if delta := config.delta():
-        state["delta"] = delta
+        metadata["reported"] = metadata_of(state["reported"], int(config.reported_at))
+    if delta and (differing := config.delta()):
+        state["delta"] = differing
     return {"state": state, "metadata": metadata, "version": config.document_version}
-
-
-def _metadata(section: dict[str, Any], at: float) -> dict[str, Any]:
-    """When each key of a section was set. All of them at once: a configuration is taken as a whole."""
-    return {key: {"timestamp": int(at)} for key in section}
 
 
 def _request_topic(topic: RequestTopic, ending: str) -> str:

@@ -13,11 +13,13 @@ from typing import Any
 import orjson
 
 from domain.admission import Report
-from domain.configurations import MAX_CONFIG_BYTES, MAX_CONFIG_DEPTH, MAX_VERSION, ConfigReport, depth_of
+from domain.configurations import MAX_CONFIG_BYTES, MAX_CONFIG_DEPTH, MAX_VERSION, ConfigReport
+from domain.differences import depth_of
 from domain.strict_json import parse_object, reads_alike
 from firmware.command import REQUEST_ID
 from gateway.diagnostic_requests import DiagnosticResponse, parse_diagnostic
-from gateway.shadow_requests import ShadowError, ShadowRequest, parse_shadow
+from gateway.pulse import Pulse, parse_pulse
+from gateway.shadow_requests import ShadowError, ShadowRequest, parse_shadow, refuse_shadow, token_of
 from models.protocol import (
     MAX_CLIENT_TOKEN_BYTES,
     MAX_REQUEST_BYTES,
@@ -42,6 +44,7 @@ _DEVICE_STATES = {
 }
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _BOOT_ID = re.compile(r"[!-~]{1,64}")
+_SHADOW_VERBS = frozenset({Verb.SHADOW_GET, Verb.SHADOW_UPDATE, Verb.SHADOW_DELETE})
 MAX_REASON_CHARS = 500
 MAX_EXTRA = 20
 """Numbers of its own that a heartbeat may carry; the others are dropped."""
@@ -98,6 +101,7 @@ class Request:
     response: CommandResponse | None = None
     shadow: ShadowRequest | None = None
     diagnostic: DiagnosticResponse | None = None
+    pulse: Pulse | None = None
     duplicate: bool = False
     """The broker says that it may have delivered this before: what has been done already is not done again."""
 
@@ -110,17 +114,23 @@ class BadRequest:
     message: str
     token: str | None = None
     shadow_code: int = 400
-    """The code of the rejection where the request is one to the configuration's shadow."""
+    """The code of the rejection where the request is one to a shadow."""
 
 
 def parse_request(topic: RequestTopic, payload: bytes) -> Request | BadRequest:
     """Judge a payload."""
     if len(payload) > MAX_REQUEST_BYTES:
         message = f"{len(payload)} bytes, at most {MAX_REQUEST_BYTES} are accepted"
+        if topic.verb in _SHADOW_VERBS:
+            message = f"The payload exceeds the maximum size allowed: {message}"
+            return BadRequest(ErrorCode.INVALID_REQUEST, message, token_of(payload), 413)
         return BadRequest(ErrorCode.INVALID_REQUEST, message, shadow_code=413)
     try:
         body = orjson.loads(payload) if payload else {}
     except orjson.JSONDecodeError as error:
+        if topic.verb in _SHADOW_VERBS:
+            code, message = refuse_shadow(payload)
+            return BadRequest(ErrorCode.INVALID_JSON, message, shadow_code=code)
         return BadRequest(ErrorCode.INVALID_JSON, f"not JSON: {error}"[:200])
     if not isinstance(body, dict):
         return BadRequest(ErrorCode.INVALID_JSON, f"expected an object, got {type(body).__name__}")
@@ -139,23 +149,25 @@ def parse_request(topic: RequestTopic, payload: bytes) -> Request | BadRequest:
     try:
         if topic.verb is Verb.HEARTBEAT:
             return Request(topic, heartbeat=_heartbeat(topic.thing, body))
-        return _request(topic, token, body)
+        return _request(topic, token, body, payload)
     except ShadowError as error:
         return BadRequest(ErrorCode.INVALID_REQUEST, str(error)[:300], token, error.code)
     except ValueError as error:
         return BadRequest(ErrorCode.INVALID_REQUEST, str(error)[:300], token)
 
 
-def _request(topic: RequestTopic, token: str | None, body: dict[str, Any]) -> Request:
+def _request(topic: RequestTopic, token: str | None, body: dict[str, Any], payload: bytes) -> Request:
     match topic.verb:
         case Verb.UPDATE:
             return _update(topic, token, body)
+        case Verb.PULSE:
+            return Request(topic, pulse=parse_pulse(body))
         case Verb.GET_PENDING | Verb.START_NEXT | Verb.DESCRIBE:
             return Request(topic, token, details=_details(body))
         case Verb.CONFIG_UPDATE:
             return Request(topic, token, config=_config(body), document_version=_integer(body, "version"))
         case Verb.SHADOW_GET | Verb.SHADOW_UPDATE | Verb.SHADOW_DELETE:
-            return Request(topic, token, shadow=parse_shadow(topic, body))
+            return Request(topic, token, shadow=parse_shadow(topic, body, payload))
         case Verb.DIAGNOSTIC_RESPONSE:
             return Request(topic, token, diagnostic=parse_diagnostic(body))
         case Verb.COMMAND_RESPONSE:

@@ -12,6 +12,7 @@
 
 import asyncio
 import collections
+import secrets
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -27,8 +28,10 @@ from gateway.configuration import answer_config, reject_config
 from gateway.diagnostics import take_diagnostics
 from gateway.documents import Documents
 from gateway.jobs import Outgoing, answer, reject
+from gateway.pulse import Pulse, note_pulses
 from gateway.requests import BadRequest, Request, parse_request
-from gateway.shadow import answer_about_shadows, reject_shadow
+from gateway.shadow import MAX_IN_FLIGHT, TOO_MANY, answer_about_shadows, reject_shadow
+from gateway.shadow_requests import token_of
 from models.identity import DeviceHappening
 from models.protocol import ErrorCode, RequestTopic, Verb, parse_request_topic
 from models.settings import Settings
@@ -55,6 +58,9 @@ PUBLISHED = Counter("tidegate_gateway_published_total", "Messages to devices.")
 BARRED = Counter("tidegate_gateway_barred_total", "Messages of barred devices, which change nothing.")
 RETAINED = Counter("tidegate_gateway_retained_total", "Messages that the broker had kept, which change nothing.")
 CLONES = Counter("tidegate_gateway_clones_total", "Devices barred because their identity is used twice.")
+THROTTLED = Counter(
+    "tidegate_gateway_throttled_total", "Shadow requests rejected because too many of their device were unanswered."
+)
 RETRIES = Counter("tidegate_gateway_batch_retries_total", "Batches tried again because PostgreSQL was away.")
 WAITING = Gauge("tidegate_gateway_waiting_messages", "Messages that wait for their batch.")
 BATCH_SIZE = Histogram("tidegate_gateway_batch_messages", "Messages in a batch.", buckets=(1, 5, 20, 100, 500, 2000))
@@ -83,6 +89,10 @@ class Inbound:
     payload: bytes
     said: Request | BadRequest
     receipt: Receipt
+    counted: bool = False
+    """A shadow request in flight."""
+    throttled: bool = False
+    """One too many."""
 
 
 @dataclass(slots=True)
@@ -96,11 +106,17 @@ class Read:
     shadows: list[Request] = field(default_factory=list)
     diagnostics: list[Request] = field(default_factory=list)
     beats: Beats = field(default_factory=Beats)
+    pulses: list[Pulse] = field(default_factory=list)
     bad: list[tuple[Inbound, BadRequest]] = field(default_factory=list)
+    throttled: list[tuple[Inbound, BadRequest]] = field(default_factory=list)
+    """What is rejected without having been looked at, and is not kept."""
 
     def add(self, request: Request) -> None:
         """Sort a request in."""
         verb, thing = request.topic.verb, request.topic.thing
+        if request.pulse is not None:
+            self.pulses.append(request.pulse)
+            return
         self.things.add(thing)
         if request.heartbeat is not None:
             self.beats.add(request.heartbeat)
@@ -129,7 +145,9 @@ class Read:
             shadows=heard(self.shadows),
             diagnostics=heard(self.diagnostics),
             beats=self.beats.without(barred),
+            pulses=self.pulses,
             bad=[(inbound, bad) for inbound, bad in self.bad if not inbound.topic or inbound.topic.thing not in barred],
+            throttled=[(i, bad) for i, bad in self.throttled if not i.topic or i.topic.thing not in barred],
         )
 
 
@@ -147,8 +165,12 @@ class Gateway:
     """Since when the next batch has been gathering."""
     _topics: dict[str, RequestTopic] = field(default_factory=dict)
     _paused: bool = False
+    name: str = field(default_factory=lambda: secrets.token_hex(8))
+    """What tells this gateway's pulses from those of others."""
     _clones: set[str] = field(default_factory=set)
     """Devices found to be two, to be barred once the batch that found it has been committed."""
+    _in_flight: dict[str, int] = field(default_factory=dict)
+    """Shadow requests that have come and are not answered yet, by device."""
 
     def receive(self, topic: str, payload: bytes, retained: bool, duplicate: bool, receipt: Receipt) -> None:
         """The handler of every message, which keeps it for its batch."""
@@ -162,7 +184,10 @@ class Gateway:
             said.duplicate = True
         if not self.waiting:
             self._first_at = time.monotonic()
-        self.waiting.append(Inbound(parsed, topic, payload, said, receipt))
+        inbound = Inbound(parsed, topic, payload, said, receipt)
+        if parsed is not None and parsed.verb in _SHADOW_VERBS:
+            self._count_in(inbound, parsed.thing, duplicate)
+        self.waiting.append(inbound)
         self._arrived.set()
         if not self._paused and len(self.waiting) >= self.settings.gateway_queue_messages:
             self._paused = True
@@ -178,6 +203,21 @@ class Gateway:
                 self._topics.clear()
             self._topics[topic] = parsed
         return parsed
+
+    def _count_in(self, inbound: Inbound, thing: str, duplicate: bool) -> None:
+        """What comes again has been let in before: it may have been applied, and a rejection would deny that."""
+        number = self._in_flight.get(thing, 0)
+        inbound.throttled = number >= MAX_IN_FLIGHT and not duplicate
+        if not inbound.throttled:
+            inbound.counted = True
+            self._in_flight[thing] = number + 1
+
+    def _count_out(self, inbound: Inbound) -> None:
+        assert inbound.topic is not None
+        inbound.counted, thing = False, inbound.topic.thing
+        self._in_flight[thing] -= 1
+        if not self._in_flight[thing]:
+            del self._in_flight[thing]
 
     async def run(self, stop: asyncio.Event) -> None:
         """Handle batches until `stop` is set and nothing waits.
@@ -231,6 +271,9 @@ class Gateway:
         for topic, payload in outgoing:
             self.connection.publish(topic, payload)
         PUBLISHED.inc(len(outgoing))
+        for inbound in batch:
+            if inbound.counted:
+                self._count_out(inbound)
         self.connection.acknowledge(inbound.receipt for inbound in batch)
         await self._bar_clones()
 
@@ -266,7 +309,7 @@ class Gateway:
     async def _transact(self, inbounds: Sequence[Inbound]) -> list[Outgoing]:
         """One transaction over a batch. Returns what to publish once it has committed."""
         read = _read(inbounds)
-        asked_of = read.things | {inbound.topic.thing for inbound, _ in read.bad if inbound.topic}
+        asked_of = read.things | {i.topic.thing for i, _ in (*read.bad, *read.throttled) if i.topic}
         outgoing: list[Outgoing] = []
         async with self.db.pool.connection() as connection, connection.pipeline():
             await share_access(connection)
@@ -300,6 +343,10 @@ class Gateway:
             QUARANTINED.labels(reason.code.value).inc()
             if inbound.topic is not None:
                 outgoing += _reject(inbound.topic, reason, now)
+        THROTTLED.inc(len(read.throttled))
+        for inbound, reason in read.throttled:
+            if inbound.topic is not None:
+                outgoing += reject_shadow(inbound.topic, reason, now)
         return outgoing
 
     async def _load(self, connection: psycopg.AsyncConnection, requests: Sequence[Request]) -> Batch:
@@ -327,7 +374,7 @@ class Gateway:
                 [
                     (
                         inbound.raw_topic,
-                        inbound.topic.thing if inbound.topic else None,
+                        (inbound.topic.thing or None) if inbound.topic else None,
                         inbound.payload,
                         reason.code.value,
                         reason.message.replace("\x00", "\\0"),
@@ -335,6 +382,8 @@ class Gateway:
                     for inbound, reason in read.bad
                 ],
             )
+        if read.pulses:
+            await note_pulses(connection, read.pulses, self.name, standing.now)
         if read.beats.said:
             saved = await save_heartbeats(connection, read.beats.said)
             self._clones.update(saved.clones)
@@ -358,7 +407,10 @@ def _read(inbounds: Sequence[Inbound]) -> Read:
     verbs: collections.Counter[str] = collections.Counter()
     read = Read()
     for inbound in inbounds:
-        if isinstance(inbound.said, Request):
+        if inbound.throttled:
+            bad = BadRequest(ErrorCode.REQUEST_THROTTLED, TOO_MANY, token_of(inbound.payload), 429)
+            read.throttled.append((inbound, bad))
+        elif isinstance(inbound.said, Request):
             read.add(inbound.said)
             if inbound.said.heartbeat is not None:
                 continue  # the many; counted at the end

@@ -30,6 +30,7 @@ from store.events import append_event
 from store.executions import load, save
 from store.lifecycle import refuse, standing
 from store.planning import hold_planning
+from store.shadows import clear_shadows
 from store.waits import expect
 
 _ALIVE = "seen_at > now() - interval '2 minutes'"
@@ -92,7 +93,7 @@ class DecommissionStore:
             return WipeAsked(request_id=request_id)
 
     async def retire(self, asked: RetireDeviceInput) -> RetiredDevice:
-        """End the device: executions, certificates, its word, its status, its serial number, its enrolments.
+        """End the device: executions, certificates, its word, its status, its serial number, its enrolments, its shadows.
 
         From the commit on nothing that it says changes anything, nothing plans with it, and nobody enrols under its
         serial number. Idempotent: a device that was retired so is left as it is.
@@ -117,12 +118,14 @@ class DecommissionStore:
             await connection.execute(_BURY, (found.serial_number, device_id, actor, reason))
             await connection.execute(_CLOSE_ENROLMENTS, ("the device was decommissioned", actor, found.serial_number))
             await connection.execute("DELETE FROM device_waits WHERE device_id = %s", (device_id,))
+            shadows = await clear_shadows(connection, device_id)
             removed = await _count_removed(connection, device_id)
             (revision,) = await fetch_one(connection, "SELECT revision FROM access_state", ())
             details: dict[str, Any] = {
                 "serial_number": found.serial_number,
                 "certificates_revoked": len(revoked),
                 "executions_removed": removed,
+                "shadows_deleted": shadows,
                 "wiped": wiped,
             }
             await append_audit(connection, actor, "device.retired", "device", device_id, reason, details)

@@ -253,6 +253,7 @@ class StandInGateway:
             await client.subscribe("$aws/things/+/jobs/+/update", qos=1)
             for name in ("get", "update"):
                 await client.subscribe(f"$aws/things/+/shadow/name/config/{name}", qos=1)
+                await client.subscribe(f"$aws/things/+/shadow/{name}", qos=1)
             for name in ("get", "response"):
                 await client.subscribe(f"devices/+/commands/{name}", qos=1)
             task = asyncio.create_task(self._serve(client))
@@ -297,6 +298,8 @@ class StandInGateway:
             self.reported[thing] = body["state"]["reported"]
             self.config_updates += 1
             kind, answer = "accepted", {"state": body["state"]}
+        elif verb == "shadow-get":
+            kind, answer = "rejected", {"code": 404, "message": "nothing is wanted"}
         elif verb == "command-get":
             await client.publish(command_topic(thing, "request"), orjson.dumps(self.open_commands.get(thing, now)))
             return True

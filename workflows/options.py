@@ -83,6 +83,18 @@ FIRST_WIPE_REMINDER = timedelta(seconds=10)
 RAREST_WIPE_REMINDER = timedelta(minutes=2)
 """A decommissioning waits for minutes, not for days."""
 
+FIRST_SHADOW_REMINDER = timedelta(seconds=5)
+"""Somebody waits, and what was lost on the way is sent again at once; then ever more rarely."""
+
+SHADOW_REST = timedelta(seconds=1)
+"""Between two looks at a device that reports something else all the time."""
+QUESTION_REPEATS = 2
+"""How often a diagnostic request is sent again within its time: devices know it by its id, and answer once."""
+
+BOOT_LOOK = timedelta(seconds=20)
+"""Between two looks at whether a device has booted, where no heartbeat tells: one that came in the moment of the wait's
+own beginning does not."""
+
 # --- timeouts --------------------------------------------------------------------------------------------------------
 
 SHORT_TIMEOUT = timedelta(seconds=30)
@@ -151,8 +163,37 @@ CRL_UPKEEP_EVERY = timedelta(hours=1)
 """Long before anything is due: lists are renewed at a quarter of their life, which is a day or more. Shorter lists are
 looked at eight times in theirs."""
 
+OFFLINE_SCHEDULE = "tidegate-offline"
+OFFLINE_SWEEP_ID = "health:offline"
+OFFLINE_SWEEP_EVERY = timedelta(minutes=1)
+"""A device is found offline a minute after its limit at the latest; the least useful limit is a few minutes."""
+
+OFFLINE_SWEEP_LIMIT = timedelta(minutes=5)
+"""All attempts of one look together: PostgreSQL is away for longer now and then, and later looks do the same."""
+
+OFFLINE_CATCH_UP = timedelta(minutes=1)
+"""A look that was missed says nothing that the next does not."""
+
+RETENTION_SCHEDULE = "tidegate-retention"
+RETENTION_ID = "health:retention"
+RETENTION_EVERY = timedelta(hours=1)
+"""Partitions are made three days ahead and dropped by the day; an hour keeps what is deleted row by row small."""
+
+RETENTION_TIMEOUT = timedelta(minutes=20)
+"""One attempt: rows of a day without a partition move at some 50,000 a second."""
+
+RETENTION_LIMIT = timedelta(minutes=50)
+"""All attempts together: less than the time between two rounds."""
+
 CATCH_UP = timedelta(minutes=5)
 """A round that was missed is not made up for: the next one does the same. Temporal's default is a year."""
+
+JOB_CATCH_UP = timedelta(minutes=10)
+"""A job that was missed while Temporal was away is made up for within this; later it would come at a time that nobody
+has chosen."""
+
+AT_ONCE = timedelta(0)
+"""A time that is not later than this ahead has come."""
 
 # --- what a person sees ------------------------------------------------------------------------------------------------
 
@@ -165,6 +206,8 @@ KIND_ROTATION = "rotation"
 KIND_DECOMMISSION = "decommission"
 KIND_UPKEEP = "upkeep"
 KIND_JOB = "job"
+JOB_SCHEDULE = "job-schedule"
+"""Kind of a schedule of jobs."""
 KIND_SHADOW = "shadow"
 KIND_DIAGNOSTIC = "diagnostic"
 KIND_NOTIFICATION = "notification"

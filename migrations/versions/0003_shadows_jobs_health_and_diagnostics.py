@@ -169,6 +169,16 @@ def upgrade() -> None:
     )
     op.add_column("alerts", sa.Column("severity", sa.Text(), server_default="warning", nullable=False))
     op.add_column("executions", sa.Column("retry_at", sa.DateTime(timezone=True), nullable=True))
+    op.add_column("executions", sa.Column("boot_id", sa.Text(), nullable=True))
+    op.create_index(
+        "executions_retrying",
+        "executions",
+        ["job_no", "wave", "retry_at", "device_id"],
+        unique=False,
+        postgresql_where=sa.text("state = 'QUEUED' AND retry_at IS NOT NULL"),
+    )
+    op.add_column("waves", sa.Column("retrying", sa.Integer(), server_default="0", nullable=False))
+    op.add_column("waves", sa.Column("attempts_failed", sa.Integer(), server_default="0", nullable=False))
     op.drop_index(
         op.f("executions_one_firmware_update"),
         table_name="executions",
@@ -220,6 +230,14 @@ def downgrade() -> None:
         unique=True,
         postgresql_where="(exclusive AND (state = ANY (ARRAY['PENDING'::text, 'QUEUED'::text, 'IN_PROGRESS'::text])))",
     )
+    op.drop_column("waves", "attempts_failed")
+    op.drop_column("waves", "retrying")
+    op.drop_index(
+        "executions_retrying",
+        table_name="executions",
+        postgresql_where=sa.text("state = 'QUEUED' AND retry_at IS NOT NULL"),
+    )
+    op.drop_column("executions", "boot_id")
     op.drop_column("executions", "retry_at")
     op.drop_column("alerts", "severity")
     op.drop_index("shadows_deleted", table_name="shadows", postgresql_where=sa.text("deleted_at IS NOT NULL"))

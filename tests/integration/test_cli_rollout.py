@@ -151,6 +151,15 @@ def test_a_bad_release_is_halted_with_status_3(plant: Plant) -> None:
     assert plant.run("rollout", "watch", "bad").status == 3
     failed = plant.run("rollout", "devices", "bad", "--status", "FAILED")
     assert failed.err.strip() == "2 devices"
+    deadline = time.monotonic() + 60
+    while (cause := plant.run("rollout", "show", "bad", "--json").json["causes"][0])["diagnosed"] < 2:
+        assert time.monotonic() < deadline, cause
+        time.sleep(0.2)
+    assert (cause["failure_class"], cause["count"], cause["share"]) == ("flash", 2, 1.0)
+    assert "% of memory free" in cause["said"] and "its log ends" in cause["said"]
+    shown = plant.run("rollout", "show", "bad", "--device", cause["example"])
+    assert "its log-tail" in shown.out and f"starter.py diagnose {cause['example']}" in shown.out
+    assert plant.run("diagnose", cause["example"], "ping").status == 0
 
 
 def test_a_rollout_that_waits_for_approval_is_left_with_status_5_and_steered(plant: Plant) -> None:

@@ -23,6 +23,7 @@ from store.executions import ExecutionStore
 from store.lifecycle import LifecycleStore
 from store.registry import Registry
 from store.rollouts import RolloutStore
+from store.shadows import delete_shadow, set_desired
 from tests.integration.life_setup import (
     add_authority,
     add_certificate,
@@ -125,6 +126,29 @@ async def test_a_plan_that_is_being_made_is_waited_for_or_a_rollout_would_hold_a
     execution = await one(db, "SELECT state FROM executions WHERE device_id = %s", DEVICE)
     assert execution["state"] == ("PENDING" if mutant else "REMOVED")
     assert await recount(db, plan.job_no) == []
+
+
+@pytest.mark.parametrize("mutant", [False, True])
+async def test_its_shadows_go_with_the_device_versions_included(
+    store: DecommissionStore, db: Database, monkeypatch: pytest.MonkeyPatch, mutant: bool
+) -> None:
+    async def not_at_all(*_: Any) -> int:
+        return 0
+
+    if mutant:
+        monkeypatch.setattr(store_decommission, "clear_shadows", not_at_all)
+    await add_devices(db, 2)
+    async with db.pool.connection() as connection:
+        for device, name in ((DEVICE, ""), (DEVICE, "door"), ("motor-2", "")):
+            await set_desired(connection, device, name, {"power": "on"}, "alice")
+        await delete_shadow(connection, DEVICE, "door", "alice")
+    for _ in range(2):
+        await store.retire(RETIRE)
+    left = await rows(db, "SELECT device_id FROM shadows ORDER BY device_id")
+    assert [row["device_id"] for row in left] == ["motor-1", "motor-1", "motor-2"][0 if mutant else 2 :]
+    async with db.pool.connection() as connection:
+        with pytest.raises(RefusedError, match="cannot change the shadow of motor-1: it is retired"):
+            await set_desired(connection, DEVICE, "", {"power": "on"}, "alice")
 
 
 @pytest.mark.parametrize("change", ["status = 'retired'", "barred_at = now()"])

@@ -16,6 +16,7 @@ from tests.replay.life_scenarios import LIVES
 from tests.replay.record import SCENARIOS
 from tests.replay.scenarios import REAL
 from worker import LIFECYCLE_WORKFLOWS
+from workflows.fleet_job import FleetJobWorkflow
 from workflows.provisioning import ProvisioningWorkflow
 from workflows.reissue import ReissueCertificateWorkflow
 from workflows.rollout import RolloutWorkflow
@@ -23,7 +24,14 @@ from workflows.sandbox import runner
 from workflows.wave import WaveWorkflow
 
 HISTORIES = Path(__file__).parent / "histories"
-ALL = (RolloutWorkflow, WaveWorkflow, ProvisioningWorkflow, ReissueCertificateWorkflow, *LIFECYCLE_WORKFLOWS)
+ALL = (
+    RolloutWorkflow,
+    WaveWorkflow,
+    FleetJobWorkflow,
+    ProvisioningWorkflow,
+    ReissueCertificateWorkflow,
+    *LIFECYCLE_WORKFLOWS,
+)
 SAVED = sorted(HISTORIES.glob("*/*.json"))
 
 

@@ -4,7 +4,8 @@ from typing import Any
 
 import pytest
 
-from domain.configurations import ConfigReport, ConfigState, DeviceConfig, delta_message, delta_of, depth_of, is_same
+from domain.configurations import ConfigReport, ConfigState, DeviceConfig, delta_message
+from domain.differences import delta_of, depth_of, is_same
 
 
 def config(desired: dict[str, Any] | None = None, version: int = 0, **more: Any) -> DeviceConfig:

@@ -6,11 +6,22 @@ one for each question; the last one stays.
 
 from collections import deque
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from typing import Any
 
 from temporalio import activity
 from temporalio.exceptions import ApplicationError
 
+from models.diagnostics import (
+    AskDeviceInput,
+    BootSeen,
+    DiagnosticState,
+    EndedQuestion,
+    EndQuestionInput,
+    LookAtBootInput,
+    OpenedQuestion,
+    PublishQuestionInput,
+)
 from models.errors import RefusedError
 from models.identity import DecommissionDeviceInput, PublishCrlsInput, PublishCrlsResult, RotateCertificateInput
 from models.lifecycle import (
@@ -39,10 +50,12 @@ from models.lifecycle import (
     WantedConfiguration,
     WipeAsked,
 )
+from models.shadow import CheckShadowInput, EndShadowInput, ShadowSeen, WantShadowInput
 
 OLD = CertificatesSeen(old=("old",))
 SETTLED = EndedRotation(kept="new", confirmed=True, issued=True, revoked=("old",))
 GIVEN_UP = EndedRotation(kept="old", reason="it did not come")
+SILENT = EndedQuestion(state=DiagnosticState.TIMED_OUT, text="no answer in time")
 REVERTED = EndedRotation(kept="old", issued=True, revoked=("new",), reason="it was not seen")
 
 
@@ -58,6 +71,9 @@ class ScriptedLife:
     applied_on_hint: int = 0
     """The hint from which on the device runs what is wanted."""
     applied_at_end: bool = False
+    shadow_reported: bool = False
+    """Whether the device reports what is wanted, from now on."""
+    reported_on_reminder: int = 0
     certificates: CertificatesSeen = OLD
     rotation: deque[RotationSeen] = field(default_factory=lambda: deque([RotationSeen()]))
     settled: EndedRotation = SETTLED
@@ -67,6 +83,10 @@ class ScriptedLife:
     wiped: bool = False
     behind: tuple[str, ...] = ()
     retained_error: str = ""
+    question: EndedQuestion = SILENT
+    asked_before: DiagnosticState = DiagnosticState.REQUESTED
+    boots: deque[float | None] = field(default_factory=lambda: deque([None]))
+    """Seconds after which the device is found to have booted, one for each look; the last one stays."""
     signs: bool = True
     asked: list[Any] = field(default_factory=list)
     steps: list[str] = field(default_factory=list)
@@ -109,6 +129,33 @@ class ScriptedLife:
         """Noted."""
         self._note(asked)
         return ConfigurationSeen(applied=self.applied_at_end)
+
+    # --- shadows ---------------------------------------------------------------------------------------------------
+
+    def _seen(self) -> ShadowSeen:
+        confirmed = self.shadow_reported
+        return ShadowSeen(version=3, confirmed=confirmed, differs={} if confirmed else {"power": "on"})
+
+    @activity.defn
+    async def want_shadow(self, asked: WantShadowInput) -> ShadowSeen:
+        """Wanted."""
+        self._first(asked)
+        return self._seen()
+
+    @activity.defn
+    async def check_shadow(self, asked: CheckShadowInput) -> ShadowSeen:
+        """Reported, where the script says so; or from the scripted reminder on."""
+        self._note(asked)
+        reminders = sum(check.remind for check in self.only(CheckShadowInput))
+        self.shadow_reported = self.shadow_reported or 0 < self.reported_on_reminder <= reminders
+        return self._seen()
+
+    @activity.defn
+    async def end_shadow(self, asked: EndShadowInput) -> ShadowSeen:
+        """What is missing."""
+        self._note(asked)
+        seen = self._seen()
+        return seen if seen.confirmed else seen.model_copy(update={"reason": "it is offline; it stays wanted"})
 
     # --- rotation --------------------------------------------------------------------------------------------------
 
@@ -205,12 +252,40 @@ class ScriptedLife:
         """Noted."""
         self._note(asked)
 
+    # --- diagnostics -------------------------------------------------------------------------------------------------
+
+    @activity.defn
+    async def open_question(self, asked: AskDeviceInput) -> OpenedQuestion:
+        """As scripted."""
+        self._first(asked)
+        return OpenedQuestion(state=self.asked_before, expires_at=datetime.now(UTC), boot_id="b1")
+
+    @activity.defn
+    async def publish_question(self, asked: PublishQuestionInput) -> None:
+        """Noted."""
+        self._note(asked)
+
+    @activity.defn
+    async def end_question(self, asked: EndQuestionInput) -> EndedQuestion:
+        """As scripted."""
+        self._note(asked)
+        return self.question
+
+    @activity.defn
+    async def look_at_boot(self, asked: LookAtBootInput) -> BootSeen:
+        """The next look; the last one stays."""
+        self._note(asked)
+        return BootSeen(seconds=self.boots.popleft() if len(self.boots) > 1 else self.boots[0])
+
     def activities(self) -> list[Any]:
         """For a worker."""
         return [
             self.want_configuration,
             self.hint_configuration,
             self.end_configuration,
+            self.want_shadow,
+            self.check_shadow,
+            self.end_shadow,
             self.look_at_certificates,
             self.ask_for_rotation,
             self.settle_rotation,
@@ -226,4 +301,8 @@ class ScriptedLife:
             self.clear_retained,
             self.alert_retained_left,
             self.end_decommission,
+            self.open_question,
+            self.publish_question,
+            self.end_question,
+            self.look_at_boot,
         ]

@@ -1,0 +1,1 @@
+"""AWS's own device SDKs, unmodified, as judges of the device protocol."""
