@@ -232,9 +232,12 @@ class JobsClient:
         receiving.result()
         return False
 
-    async def start_next(self) -> Execution | None:
-        """Ask for work: the execution in progress, else the next one. Raises UnansweredError, RejectedError."""
-        return parse_execution(await self.request("start-next", body={}))
+    async def start_next(self, **details: str) -> Execution | None:
+        """Ask for work: the execution in progress, else the next one. Raises UnansweredError, RejectedError.
+
+        `details` are kept with an execution that starts: `bootId` is what a restart has to change.
+        """
+        return parse_execution(await self.request("start-next", body={"statusDetails": details} if details else {}))
 
     async def request(self, *parts: str, body: Mapping[str, Any]) -> dict[str, Any]:
         """Send a jobs request, and give its accepted answer. Raises as `ask` does."""
@@ -280,12 +283,15 @@ class JobsClient:
             self.errors += 1
             raise UnansweredError(f"{topic}: not taken within {self.patience.answer_seconds} s") from error
 
-    async def heartbeat(self, body: Mapping[str, Any]) -> None:
-        """Publish a heartbeat; one that cannot be sent is lost, the next one says more."""
+    async def heartbeat(self, body: Mapping[str, Any]) -> bool:
+        """Publish a heartbeat; one that cannot be sent (False) is lost, the next one says more."""
+        sent = False
         if self._client is not None:
             with contextlib.suppress(aiomqtt.MqttError):
                 await self._client.publish(heartbeat_topic(self.thing), orjson.dumps(body), qos=0)
+                sent = True
             _heed_cancellation()
+        return sent
 
     def _connect(self) -> aiomqtt.Client:
         broker = self._broker

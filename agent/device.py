@@ -34,7 +34,9 @@ from agent.reboot import RebootGuard
 from agent.shadow import ShadowKeeper
 from agent.slots import Slots
 from agent.storage import Storage
+from agent.tasks import Abilities, Custom, Tasker, next_leg
 from agent.updater import Identity, Leg, Updater
+from agent.vitals import Read, modelled
 
 
 class Reset(StrEnum):
@@ -69,6 +71,7 @@ class DeviceConfig:
     timing: Timing = field(default_factory=Timing)
     patience: Patience = field(default_factory=Patience)
     download: DownloadPolicy = field(default_factory=DownloadPolicy)
+    vitals: Read = modelled
 
 
 Behave = Callable[[Boot, bytes], Behaviour]
@@ -84,7 +87,10 @@ async def _sleep(seconds: float) -> None:
 
 
 class Device:
-    """A device with its storage. `behave` decides what an image does when it runs; `online` is set once it has connected."""
+    """A device with its storage. `behave` decides what an image does when it runs; `online` is set once it has connected.
+
+    `custom` does what custom tasks of fleet jobs say; without it they are rejected.
+    """
 
     def __init__(
         self,
@@ -99,6 +105,7 @@ class Device:
         watch: Watch | None = None,
         enrolled: Enrolled | None = None,
         online: asyncio.Event | None = None,
+        custom: Custom | None = None,
     ) -> None:
         self._config = config
         self._storage = storage
@@ -109,6 +116,7 @@ class Device:
         self._rng = rng or random.Random()
         self._watch = watch
         self._enrolled = enrolled
+        self._custom = custom
         self.online = online or asyncio.Event()
         self.log = LogBook(clock)
         self._configuration = ConfigurationStore(storage)
@@ -151,6 +159,8 @@ class Device:
 
         downloader = Downloader(self._storage, self._http, self._config.download)
         updater = Updater(self._config.identity, boot, self._storage, downloader, self._clock, self_test)
+        configurator, diagnoser = self._configurator(client), self._diagnoser(client, updater)
+        tasker = self._tasker(client, configurator, diagnoser)
         wiping: asyncio.Task[None] | None = None
         rebooting: asyncio.Task[None] | None = None
         async with asyncio.TaskGroup() as tasks:
@@ -160,16 +170,16 @@ class Device:
                     client.run(),
                     self._beat(client, boot),
                     self._announce(client),
-                    self._configurator(client).run(),
+                    configurator.run(),
                     ShadowKeeper(client, self._config.timing.poll_seconds, self._config.timing.retry_seconds).run(),
                 )
                 helpers = [tasks.create_task(part) for part in parts]
-                rebooting = tasks.create_task(self._diagnoser(client, updater).run())
+                rebooting = tasks.create_task(diagnoser.run())
                 ends.append(rebooting)
                 if passports is not None:
                     wiping = tasks.create_task(self._commander(client, passports).run())
                     ends.append(wiping)
-            work = tasks.create_task(self._work(updater, client))
+            work = tasks.create_task(self._work(updater, tasker, client))
             ends.append(work)
             if boot.trial:
                 helpers.append(tasks.create_task(self._guard(updater, work)))
@@ -220,16 +230,27 @@ class Device:
             self._clock,
         )
 
-    async def _work(self, updater: Updater, client: JobsClient) -> None:
+    def _tasker(self, client: JobsClient, configurator: Configurator, diagnoser: Diagnoser) -> Tasker:
+        identity = self._config.identity
+
+        async def sync_config() -> int:
+            await configurator.once()
+            return self._configuration.current.version
+
+        abilities = Abilities(sync_config, diagnoser.respond, self._custom)
+        return Tasker(identity.device_id, identity.keys, self._storage, self._boot_id, abilities, self._clock)
+
+    async def _work(self, updater: Updater, tasker: Tasker, client: JobsClient) -> None:
         """Ask for work and do it; returns when the device is to reboot."""
         timing, fruitless = self._config.timing, 0
         while True:
             client.hint.clear()
             found = False
             try:
-                execution = await client.start_next()
+                execution = await client.start_next(bootId=self._boot_id)
                 found = execution is not None
-                leg = await updater.handle(execution, MqttReports(client, execution) if execution else None)
+                reports = MqttReports(client, execution) if execution else None
+                leg = await next_leg(updater, tasker, execution, reports)
             except (UnansweredError, RejectedError, OSError):
                 leg = Leg.WAIT
             if leg is Leg.REBOOT:
@@ -263,20 +284,20 @@ class Device:
             return
         while True:
             await client.connected.wait()
-            await client.heartbeat(self._vitals(client, boot))
+            vitals = self._vitals(client, boot)
+            if await client.heartbeat(vitals):
+                client.errors -= vitals["errorCount"]
             period = self._configuration.current.heartbeat_seconds or self._config.timing.heartbeat_seconds
             await asyncio.sleep(period * self._rng.uniform(0.8, 1.2))
 
     def _vitals(self, client: JobsClient, boot: Boot) -> dict[str, Any]:
-        """A heartbeat; memory, temperature and signal are modelled, the rest is so."""
+        """A heartbeat; `errorCount` counts from the one before it."""
         return {
             "deviceId": self._config.identity.device_id,
             "timestamp": int(self._clock() * 1000),
             "uptime": int(self._uptime()),
-            "freeMemory": 64 * 2**20 + self._rng.randrange(2**20),
-            "cpuTemperature": round(self._rng.gauss(45, 3), 1),
+            **self._config.vitals(self._rng),
             "firmwareVersion": boot.version,
-            "networkSignalStrength": round(self._rng.gauss(-60, 4)),
             "errorCount": client.errors,
             "firmwareSha256": boot.sha256,
             "bootId": self._boot_id,

@@ -34,21 +34,25 @@ class Diagnoser:
         """Until a reboot that was ordered is due."""
         while True:
             if self._guard.due_in is None:
-                await self._respond(await self._client.questions.get())
+                await self._try_to_respond(await self._client.questions.get())
                 continue
             deadline = asyncio.get_running_loop().time() + self._guard.due_in
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout_at(deadline):
                     while True:
-                        await self._respond(await self._client.questions.get())
+                        await self._try_to_respond(await self._client.questions.get())
             self._client.log.note("reboot, as ordered")
             return
 
-    async def _respond(self, asked: Mapping[str, Any]) -> None:
+    async def respond(self, asked: Mapping[str, Any]) -> None:
+        """Publish the answer, where there is one. Raises UnansweredError."""
         answer = self.answer(asked)
         if answer is not None:
-            with contextlib.suppress(RequestError):
-                await self._client.publish(diagnostics_topic(self._client.thing, "response"), answer)
+            await self._client.publish(diagnostics_topic(self._client.thing, "response"), answer)
+
+    async def _try_to_respond(self, asked: Mapping[str, Any]) -> None:
+        with contextlib.suppress(RequestError):
+            await self.respond(asked)
 
     def answer(self, asked: Mapping[str, Any]) -> dict[str, Any] | None:
         """What to say; None: nothing."""

@@ -1,7 +1,8 @@
 """Devices for benchmarks: the agent's protocol, its verification, its slots and boot loader, and no bytes behind them.
 
 Each device asks, has both envelopes verified by firmware.verify exactly as the agent does, reports installing,
-confirming and its result, and waits for every answer. Slots are the agent's own, with hashes instead of contents;
+confirming and its result, and waits for every answer. Tasks of fleet jobs are verified by firmware.task; what they order is
+modelled: a restart counts a boot, a config-sync says the version that the order names, a custom task does nothing. Slots are the agent's own, with hashes instead of contents;
 nothing is downloaded and nothing is written. A reboot goes through the boot loader but keeps the MQTT connection.
 
 There is one callback per message and one sweep per second for all devices, no task per device.
@@ -26,9 +27,10 @@ from agent.logbook import LogBook
 from agent.slots import BootRecord, Slot, Slots, SlotState
 from firmware.errors import FirmwareError
 from firmware.keys import TrustedKeys
-from firmware.manifest import attempt_key
+from firmware.manifest import FIRMWARE_UPDATE, attempt_key
+from firmware.task import Task, verify_task
 from firmware.verify import DeviceFacts, verify_update
-from models.protocol import ErrorCode, ExecutionState, FailureClass, Step, diagnostics_topic, jobs_topic
+from models.protocol import ErrorCode, ExecutionState, FailureClass, JobOperation, Step, diagnostics_topic, jobs_topic
 
 Publish = Callable[[str, bytes], None]
 
@@ -69,6 +71,7 @@ class Stage(StrEnum):
     ASKED = "asked"
     INSTALLING = "installing"
     CONFIRMING = "confirming"
+    RESTARTING = "restarting"
     REPORTING = "reporting"
     HUSHED = "hushed"
 
@@ -164,8 +167,10 @@ class SimulatedDevice:
             asked = orjson.loads(payload)
         except orjson.JSONDecodeError:
             return
-        if not isinstance(asked, dict):
-            return
+        if isinstance(asked, dict):
+            self._answer_question(asked)
+
+    def _answer_question(self, asked: dict[str, Any]) -> None:
         log = LogBook()
         for job_id, status in self.outcomes.items():
             log.note(f"job {job_id}: {status or 'ended by the server'}")
@@ -195,6 +200,9 @@ class SimulatedDevice:
             return
         self._fruitless = 0
         self._execution, self._version = execution, execution.version_number
+        if execution.document.get("operation") != FIRMWARE_UPDATE:
+            self._task(execution)
+            return
         facts = DeviceFacts(
             device_id=self.device_id,
             hardware=self._hardware,
@@ -220,12 +228,56 @@ class SimulatedDevice:
             return
         self._report(Stage.INSTALLING, {"step": Step.INSTALLING, "via": "delta" if verified.deltas else "full"})
 
+    def _task(self, execution: Execution) -> None:
+        """An order of a fleet job that is no firmware."""
+        order, now = execution.document.get("order"), int(time.time())
+        try:
+            verified = verify_task(
+                order if isinstance(order, dict) else {},
+                self._keys,
+                self.device_id,
+                self.finished,
+                now,
+                job_id=execution.job_id,
+                attempt=execution.attempt,
+            )
+        except FirmwareError as error:
+            details = failure_details(error.failure_class, str(error))
+            self._report(Stage.REPORTING, details, ExecutionState.FAILED)
+            return
+        task = verified.task
+        fate = self._fate(self.device_id, task.key)
+        if fate is Fate.SILENT:
+            self.stage = Stage.HUSHED
+        elif fate is not Fate.HEALTHY:
+            details = failure_details(_FAILED_TASK[fate], f"{task.operation} has failed (simulated fault {fate})")
+            self._report(Stage.REPORTING, details, ExecutionState.FAILED)
+        elif verified.operation is JobOperation.RESTART:
+            self._report(Stage.RESTARTING, {"step": Step.REBOOTING})
+        else:
+            self._report(Stage.REPORTING, self._carried_out(task), ExecutionState.SUCCEEDED)
+
+    def _carried_out(self, task: Task) -> dict[str, str]:
+        """What a task has brought about, as details of its report."""
+        match task.operation:
+            case JobOperation.CONFIG_SYNC:
+                return {"configVersion": str(task.payload.get("configVersion", 0))}
+            case JobOperation.DIAGNOSTIC:
+                requests = task.payload.get("requests", [])
+                for request in requests:
+                    self._answer_question(request)
+                return {"answered": str(len(requests))}
+        return {}
+
     def _accepted(self) -> None:
         if self.stage is Stage.INSTALLING:
             self._installed()
         elif self.stage is Stage.CONFIRMING:
             self._slots.confirm()
             self._finish(ExecutionState.SUCCEEDED, {})
+        elif self.stage is Stage.RESTARTING:
+            self.boots += 1
+            self._report(Stage.REPORTING, {"bootId": f"{self.boots:016x}"}, ExecutionState.SUCCEEDED)
         else:
             self._end(self._body["status"])
 
@@ -305,6 +357,14 @@ class SimulatedDevice:
         self.due = time.monotonic() + self._rhythm.answer_seconds
         body["clientToken"] = str(self._count)
         self._publish(jobs_topic(self.device_id, *parts), orjson.dumps(body))
+
+
+_FAILED_TASK = {
+    Fate.FAIL: FailureClass.INTERNAL,
+    Fate.CRASH: FailureClass.POWER,
+    Fate.NO_CONFIRM: FailureClass.NETWORK,
+}
+"""How a task fails on a simulated device."""
 
 
 def filters_of(device_id: str) -> list[str]:

@@ -9,7 +9,22 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from cli import alert, audit, broker, ca, claim, diagnose, enrolment, lifecycle, release, rollout, rotation, shadow
+from cli import (
+    alert,
+    audit,
+    broker,
+    ca,
+    claim,
+    diagnose,
+    enrolment,
+    health,
+    job,
+    lifecycle,
+    release,
+    rollout,
+    rotation,
+    shadow,
+)
 from cli.command import DebugOption, JsonOption, Session, Shared, StateOption, command, guarded
 from cli.output import EXIT_HELP, ExitStatus
 from cli.up import up
@@ -75,11 +90,14 @@ async def migrate_database(session: Session) -> None:
 
 app.add_typer(ca.app, name="ca")
 app.add_typer(lifecycle.app, name="device")
+app.add_typer(health.app, name="device-type")
+command(app, "health")(health.show_health)
 app.add_typer(broker.app, name="broker")
 app.add_typer(claim.app, name="claim")
 app.add_typer(enrolment.app, name="enrolment")
 app.add_typer(release.app, name="release")
 app.add_typer(rollout.app, name="rollout")
+app.add_typer(job.app, name="job")
 app.add_typer(rotation.app, name="rotation")
 app.add_typer(shadow.app, name="shadow")
 app.add_typer(alert.app, name="alert")

@@ -25,11 +25,11 @@ RESERVED_KEYS = ("operation", "order")
 _UNSTORABLE = re.compile("[\x00\ud800-\udfff]")
 
 
-def document_problem(document: dict[str, Any]) -> str | None:
-    """Why no device could be given this document; None when it can."""
-    reserved = [key for key in RESERVED_KEYS if key in document]
-    if reserved:
-        return f"{reserved[0]}: the job document has a member of this name already; call yours otherwise"
+def document_problem(document: dict[str, Any], reserved: tuple[str, ...] = RESERVED_KEYS) -> str | None:
+    """Why no device could be given this document, or with nothing `reserved` this configuration; None when it can."""
+    taken = [key for key in reserved if key in document]
+    if taken:
+        return f"{taken[0]}: the job document has a member of this name already; call yours otherwise"
     problem = _problem(document, "", 1)
     if problem is not None:
         return problem

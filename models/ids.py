@@ -121,6 +121,11 @@ def shadow_workflow_id(device_id: str, shadow: str, token: str) -> str:
     return f"shadow:{device_id}/{shadow}/{token}"
 
 
+def notify_workflow_id(digest: str) -> str:
+    """Workflow id of one notification of alerts: `notify:<digest>`."""
+    return f"notify:{digest}"
+
+
 def parse_release_ref(ref: str) -> tuple[str, str]:
     """Split `product@version`; raises InvalidInputError naming what is wrong."""
     product, at, version = ref.partition("@")

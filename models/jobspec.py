@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from models.device import DeviceFilter
 from models.documents import document_problem
 from models.ids import JOB_NAME, parse_release_ref
-from models.protocol import JobOperation
+from models.protocol import DiagnosticType, JobOperation
 from models.quantities import Duration, Share
 from models.spec import DeadlineSpec, GateSpec, WaveSpec
 
@@ -94,12 +94,29 @@ class FleetJobSpec(_Strict):
             raise ValueError(f"expected a time with its zone, as in 2026-11-30T02:00:00Z, got {value.isoformat()}")
         return value
 
-    @field_validator("document", "config")
+    @field_validator("document")
     @classmethod
-    def _deliverable(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
-        problem = None if value is None else document_problem(value)
+    def _deliverable(cls, value: dict[str, Any]) -> dict[str, Any]:
+        problem = document_problem(value)
         if problem is not None:
             raise ValueError(f"cannot be given to a device: {problem}")
+        return value
+
+    @field_validator("config")
+    @classmethod
+    def _configurable(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
+        problem = None if value is None else document_problem(value, reserved=())
+        if problem is not None:
+            raise ValueError(f"cannot be given to a device: {problem}")
+        return value
+
+    @field_validator("diagnostics")
+    @classmethod
+    def _known(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        known = [str(kind) for kind in DiagnosticType if kind is not DiagnosticType.REBOOT]
+        for asked in value:
+            if asked not in known:
+                raise ValueError(f"expected some of {', '.join(known)}, got {asked!r:.40}; operation restart reboots")
         return value
 
     @model_validator(mode="after")

@@ -21,6 +21,9 @@ ARTIFACTS_QUEUE = "tidegate-artifacts"
 CA_QUEUE = "tidegate-ca"
 """Activities that sign certificates and revocation lists: only workers that have the CA's key take from it."""
 
+NOTIFY_QUEUE = "tidegate-notify"
+"""Activities that tell people: only workers that have the notify file, with its secrets, take from it."""
+
 # --- activities of other modules, by name -----------------------------------------------------------------------------
 
 PUBLISH_CRLS = "publish_crls"
@@ -70,6 +73,13 @@ ARTIFACTS_RETRY = RetryPolicy(
     non_retryable_error_types=NEVER_MENDED,
 )
 """Few attempts: the full image is always there, so a delta is not worth a long wait."""
+
+NOTIFY_RETRY = RetryPolicy(
+    initial_interval=timedelta(seconds=5),
+    maximum_interval=timedelta(minutes=10),
+    non_retryable_error_types=NEVER_MENDED,
+)
+"""A receiver that is away for a minute hears soon after; one that is away for the night is asked 150 times."""
 
 # --- reminders: a hint that nobody hears is sent again, ever more rarely -----------------------------------------------
 
@@ -152,6 +162,15 @@ SIGN_TIMEOUT = timedelta(minutes=2)
 CRL_UPKEEP_LIMIT = timedelta(minutes=10)
 """How long a round waits for somebody who signs before it looks whether an alert is due; the next round is within the
 hour, and a list has days to live."""
+
+NOTIFY_TIMEOUT = timedelta(minutes=1)
+"""One attempt, which has 20 seconds, and a thread that may be waited for."""
+
+NOTIFY_LIMIT = timedelta(days=1)
+"""All attempts at one channel together. Who was not reached in a day looks at 'alert list'."""
+
+TEST_LIMIT = timedelta(minutes=1)
+"""The same of a test, for which a person waits."""
 
 # --- schedules ---------------------------------------------------------------------------------------------------------
 

@@ -16,7 +16,9 @@ from models.diagnostics import DiagnosticState, EndedQuestion
 from models.identity import DeviceHappening
 from models.lifecycle import CertificatesSeen, RotateFleetInput, RotationSeen
 from models.protocol import DiagnosticType
+from tests.replay.health_scenarios import HEALTH
 from tests.replay.job_scenarios import JOBS
+from tests.replay.notification_scenarios import NOTIFICATION
 from tests.replay.provisioning_scenarios import PROVISIONING
 from tests.workflow.life_stage import LifeStage
 from workflows.lifecycle_client import start_fleet_rotation
@@ -240,4 +242,6 @@ LIVES: dict[str, dict[str, Scenario]] = {
     },
     **PROVISIONING,
     **JOBS,
+    **NOTIFICATION,
+    **HEALTH,
 }

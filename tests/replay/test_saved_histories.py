@@ -15,8 +15,9 @@ from models.rollout import RunWaveInput, RunWaveResult, StartRolloutInput
 from tests.replay.life_scenarios import LIVES
 from tests.replay.record import SCENARIOS
 from tests.replay.scenarios import REAL
-from worker import LIFECYCLE_WORKFLOWS
+from worker import HEALTH_WORKFLOWS, LIFECYCLE_WORKFLOWS
 from workflows.fleet_job import FleetJobWorkflow
+from workflows.notification import NotificationWorkflow
 from workflows.provisioning import ProvisioningWorkflow
 from workflows.reissue import ReissueCertificateWorkflow
 from workflows.rollout import RolloutWorkflow
@@ -30,7 +31,9 @@ ALL = (
     FleetJobWorkflow,
     ProvisioningWorkflow,
     ReissueCertificateWorkflow,
+    NotificationWorkflow,
     *LIFECYCLE_WORKFLOWS,
+    *HEALTH_WORKFLOWS,
 )
 SAVED = sorted(HISTORIES.glob("*/*.json"))
 

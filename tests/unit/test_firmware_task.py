@@ -9,8 +9,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import firmware.envelope
-import firmware.task
 from firmware.command import COMMAND_PAYLOAD_TYPE, Command, decode_command, encode_command
 from firmware.envelope import open_envelope, sign_envelope
 from firmware.errors import (
@@ -54,8 +52,8 @@ def signed(task: Task = TASK, key: Any = ORDER_KEY) -> dict[str, Any]:
 
 
 def verify(envelope: dict[str, Any], device: str = "motor-7", now: int = NOW, **more: Any) -> Any:
-    more = {"job_id": JOB, "attempt": 2, "finished": frozenset(), "by": verify_task} | more
-    return more.pop("by")(envelope, TRUSTED, device, more.pop("finished"), now, **more)
+    how: dict[str, Any] = {"job_id": JOB, "attempt": 2, "finished": frozenset(), "by": verify_task} | more
+    return how.pop("by")(envelope, TRUSTED, device, how.pop("finished"), now, **how)
 
 
 @pytest.mark.parametrize("operation", sorted(TASK_OPERATIONS))
@@ -242,6 +240,6 @@ def test_no_task_can_be_presented_as_an_order_command_or_release(kind: str) -> N
 
 
 def test_without_the_type_in_what_is_signed_a_relabelled_task_passes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(firmware.envelope.Envelope, "pae", lambda self: bytes(self.payload))
+    monkeypatch.setattr("firmware.envelope.Envelope.pae", lambda self: bytes(self.payload))
     relabelled = {**sign_envelope(GOOD, COMMAND_PAYLOAD_TYPE, ORDER_KEY), "payloadType": TASK_PAYLOAD_TYPE}
     assert verify(relabelled).task == TASK
