@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from bench import heartbeats
+from bench import heartbeats_report as heartbeats
 from bench.report import COUNTED, complete, cores_busy, show
 from bench.sampling import Sampler, cpu_seconds, memory_bytes
 
