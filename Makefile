@@ -31,7 +31,7 @@ check: $(READY)  ## lint, format, types, imports
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-bench: $(READY)  ## rollouts of 500, 2,000 and 10,000 simulated devices against the targets; lookups; provisioning
+bench: $(READY)  ## rollouts of 500, 2,000 and 10,000 simulated devices against the targets; lookups; provisioning; heartbeats
 	$(BIN)/python -m bench all --folder bench-results
 
 docs: $(READY)  ## docs/reference.md from the settings and from --help
