@@ -5,6 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DEMO ?=
 TESTS ?=
+PROCESSES ?= 2
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test check bench docs clean constraints
@@ -22,8 +23,8 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY)  ## a fleet of 60 devices, a bad release halted, a good one rolled out in waves (DEMO="--keep")
 	$(BIN)/python starter.py demo $(DEMO)
 
-test: $(READY)  ## all tests (TESTS="tests/unit -k gate" for some)
-	$(BIN)/python -m pytest $(TESTS)
+test: $(READY)  ## all tests, in two processes (TESTS="tests/unit -k gate" for some, PROCESSES=0 for none)
+	$(BIN)/python -m pytest -n $(PROCESSES) --dist loadfile $(TESTS)
 
 check: $(READY)  ## lint, format, types, imports
 	$(BIN)/ruff check .
