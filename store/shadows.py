@@ -97,13 +97,19 @@ class LoadedShadow:
         actor: str,
         expected_version: int | None = None,
         digest: str | None = None,
+        *,
+        again: bool = False,
     ) -> None:
-        """Accept an update. Raises ShadowRefusedError; then nothing has changed."""
+        """Accept an update. Raises ShadowRefusedError; then nothing has changed.
+
+        Args:
+            again: it may have been applied before; then what followed it comes again behind it, and is to be applied, too.
+        """
         self.document = self.document.updated(patch, now, expected_version)
         self.changes.append((self.document.version, actor, patch))
         self.reported = self.reported or "reported" in patch
-        if digest is not None:
-            self.recent = [*self.recent, digest][-RECENT_UPDATES:]
+        before = [] if again else self.recent
+        self.recent = before if digest is None else [*before, digest][-RECENT_UPDATES:]
 
     def delete(self, actor: str, expected_version: int | None = None) -> None:
         """Delete it. Raises ShadowRefusedError; then nothing has changed."""
