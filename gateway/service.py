@@ -79,7 +79,12 @@ _CONFIG_VERBS = frozenset({Verb.CONFIG_GET, Verb.CONFIG_UPDATE})
 _COMMAND_VERBS = frozenset({Verb.COMMAND_GET, Verb.COMMAND_RESPONSE})
 _SHADOW_VERBS = frozenset({Verb.SHADOW_GET, Verb.SHADOW_UPDATE, Verb.SHADOW_DELETE})
 _NOT_OF_JOBS = _CONFIG_VERBS | _COMMAND_VERBS | {Verb.HEARTBEAT, Verb.DIAGNOSTIC_RESPONSE, Verb.PULSE}
-_AWAY = (psycopg.OperationalError, PoolTimeout, psycopg.errors.DeadlockDetected)
+_AWAY = (
+    psycopg.OperationalError,
+    PoolTimeout,
+    psycopg.errors.DeadlockDetected,
+    psycopg.errors.ReadOnlySqlTransaction,  # a standby, until it has taken over
+)
 
 
 @dataclass(slots=True)

@@ -61,7 +61,9 @@ def _answer(request: Request, shadow: LoadedShadow | None, now: float) -> list[O
                 SHADOWS.labels("repeated").inc()
                 body = accepted_body(asked.patch, before.version, now)
                 return [(shadow_topic(topic.thing, topic.shadow, "update", "accepted"), signed_off(body, now, token))]
-            shadow.update(asked.patch, now, f"device:{topic.thing}", asked.version, asked.digest, again=request.duplicate)
+            shadow.update(
+                asked.patch, now, f"device:{topic.thing}", asked.version, asked.digest, again=request.duplicate
+            )
             SHADOWS.labels("updated").inc()
             return announce(topic.thing, topic.shadow, before, shadow.document, asked.patch, now, token)
         if not before.exists:

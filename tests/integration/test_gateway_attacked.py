@@ -76,6 +76,35 @@ async def test_if_known_updates_were_always_skipped_the_last_word_would_be_lost(
     assert (first["reported"], again["reported"]) == ({"a": 2}, {"a": 1})
 
 
+# --- shadows: one device, any number of names ----------------------------------------------------------------------------
+
+
+async def names_made(db: Database, door: Door, count: int) -> int:
+    for number in range(count):
+        door.gateway.receive(
+            shadow_topic("motor-1", f"n{number}", "update"), b'{"state":{"desired":{"a":1}}}', False, True, (None, b"")
+        )
+    await ask(door, "motor-2", "get")
+    [(made,)] = await rows(db, "SELECT count(*) FROM shadows WHERE device_id = 'motor-1'")
+    return int(made)
+
+
+async def test_a_device_cannot_make_shadows_without_end(
+    db: Database, broker: Broker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store.shadows, "MAX_SHADOWS", 5)
+    async with shadow_door(db, broker) as door:
+        assert await names_made(db, door, 12) == 5
+        refused = await ask(door, "motor-1", "update", {"state": {"desired": {"a": 1}}}, name="one-more")
+        assert refused["code"] == 400 and refused["message"].startswith("Too many shadows: a device may have 5")
+        await ask(door, "motor-1", "delete", name="n0")
+        assert (await ask(door, "motor-1", "update", {"state": {"desired": {"a": 1}}}, name="other"))["code"] == 400
+        again = await ask(door, "motor-1", "update", {"state": {"desired": {"a": 1}}}, name="n0")
+        assert again["version"] == 2, "its own row is there"
+        monkeypatch.setattr(store.shadows, "MAX_SHADOWS", 10**9)
+        assert await names_made(db, door, 12) == 12, "without the limit there is none"
+
+
 # --- memory: a link that breaks while the queue is full ----------------------------------------------------------------
 
 LIMIT = 1000
@@ -93,7 +122,9 @@ async def full_and_broken(db: Database, broker: Broker, folder: Path) -> tuple[b
     try:
         async with (
             asyncio.timeout(60),
-            aiomqtt.Client(broker.host, broker.port, max_inflight_messages=1000, max_queued_outgoing_messages=0) as client,
+            aiomqtt.Client(
+                broker.host, broker.port, max_inflight_messages=1000, max_queued_outgoing_messages=0
+            ) as client,
         ):
 
             async def say(count: int) -> None:
@@ -111,7 +142,9 @@ async def full_and_broken(db: Database, broker: Broker, folder: Path) -> tuple[b
             await say(10)
             for _ in range(20):  # turns of the loop in which a link that is read would have been
                 await asyncio.sleep(0.02)
-            return len(served.waiting) >= before + 10 or connection._client._connection._transport.is_reading(), connection
+            return len(
+                served.waiting
+            ) >= before + 10 or connection._client._connection._transport.is_reading(), connection
     finally:
         await connection.close()
 
