@@ -34,6 +34,7 @@ from activities.configuration import ConfigurationActivities
 from activities.decommission import DecommissionActivities
 from activities.enrolment_hook import EnrolmentHook
 from activities.fleet_rotation import FleetRotationActivities
+from activities.health import HealthActivities
 from activities.provisioning import IssuingActivities, ProvisioningActivities
 from activities.relay import OutboxRelay
 from activities.rollouts import RolloutActivities
@@ -61,8 +62,10 @@ from workflows.configuration import ConfigurationWorkflow
 from workflows.decommission import DecommissionWorkflow
 from workflows.fleet_rotation import FleetRotationWorkflow
 from workflows.lifecycle_client import ROTATION_SCHEDULE, TemporalFlows, ensure_rotation_schedule
+from workflows.offline import OfflineSweepWorkflow
 from workflows.provisioning import ProvisioningWorkflow
 from workflows.reissue import ReissueCertificateWorkflow
+from workflows.retention import RetentionWorkflow
 from workflows.rollout import RolloutWorkflow
 from workflows.rotation import CertificateRotationWorkflow
 from workflows.sandbox import runner
@@ -173,6 +176,7 @@ LIFECYCLE_WORKFLOWS: list[type] = [
     FleetRotationWorkflow,
     ShadowSyncWorkflow,
 ]
+HEALTH_WORKFLOWS: list[type] = [OfflineSweepWorkflow, RetentionWorkflow]
 
 
 def workers(
@@ -182,6 +186,7 @@ def workers(
     watch: AuthorityWatch,
     provisioning: ProvisioningActivities,
     lifecycle: Lifecycle,
+    health: HealthActivities,
     authorities: AuthorityActivities | None = None,
     issuing: IssuingActivities | None = None,
 ) -> list[Worker]:
@@ -200,6 +205,7 @@ def workers(
             ReissueCertificateWorkflow,
             CrlUpkeepWorkflow,
             *LIFECYCLE_WORKFLOWS,
+            *HEALTH_WORKFLOWS,
         ],
         activities=[
             rollouts.plan_rollout,
@@ -214,6 +220,8 @@ def workers(
             provisioning.mark_configured,
             provisioning.activate_device,
             provisioning.undo_provisioning,
+            health.sweep_offline,
+            health.keep_history,
             *lifecycle.short,
         ],
         workflow_runner=runner(),
@@ -280,15 +288,16 @@ def _keys(settings: Settings) -> FileKeyStore | None:
 
 
 async def _schedule(client: Client, settings: Settings, *, signs: bool) -> None:
-    """Upkeep by the clock; revocation lists where this worker signs, because without a CA there is nothing to keep."""
+    """Upkeep by the clock; of revocation lists where this worker signs, because without a CA there is nothing to keep."""
     sweep = RotateFleetInput(overlap=timedelta(hours=settings.rotation_overlap_hours))
     try:
         made = [ROTATION_SCHEDULE] if await ensure_rotation_schedule(client, sweep) else []
-        if signs:
-            made += await ensure_schedules(client, timedelta(hours=settings.crl_hours))
+        made += await ensure_schedules(client, timedelta(hours=settings.crl_hours) if signs else None)
     except RPCError as error:
         log.warning(
-            "cannot make schedules; lists are signed on revocations alone, no rotation starts", reason=str(error)
+            "cannot make schedules; lists are signed on revocations alone, no rotation starts, nobody is found offline, "
+            "history is not kept by days",
+            reason=str(error),
         )
     else:
         if made:
@@ -326,6 +335,7 @@ async def serve(settings: Settings) -> None:
             AuthorityWatch(db),
             ProvisioningActivities(ProvisioningStore(db), EnrolmentHook(settings.enrolment_hook_url)),
             Lifecycle.of(db, client, publisher, settings),
+            HealthActivities.of(db, settings),
             authorities,
             issuing,
         )

@@ -18,6 +18,7 @@ import uvloop
 
 from firmware.keys import load_private_key
 from gateway.documents import Documents
+from gateway.pulse import send_pulses
 from gateway.service import Gateway
 from models.errors import InvalidInputError, TidegateError, UnavailableError
 from models.protocol import PULSE_TOPIC, REQUEST_FILTERS
@@ -120,6 +121,7 @@ async def serve(settings: Settings) -> None:
             async with asyncio.TaskGroup() as group:
                 group.create_task(gateway.run(stop))
                 group.create_task(watch_lock(lock, stop))
+                group.create_task(send_pulses(connection, gateway.name, stop))
         finally:
             await connection.close()
             await lock.close()

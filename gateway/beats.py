@@ -24,10 +24,10 @@ class Beats:
     """By device, time, boot and uptime, of devices that have said more than one thing."""
 
     def add(self, beat: Heartbeat) -> None:
-        """Take a heartbeat up, and give it its place."""
+        """Take a heartbeat up, and give it its place; the one that it had in a batch that failed is no more."""
         thing = beat.device_id
         last = self._last.get(thing)
-        beat.beat_no, beat.round, beat.newest = 0, 0, True  # it may have had a place in a batch that failed
+        beat.beat_no, beat.round, beat.newest = 0, 0, True
         if last is not None:
             if self._repeats(last, beat):
                 return

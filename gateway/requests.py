@@ -18,6 +18,7 @@ from domain.differences import depth_of
 from domain.strict_json import parse_object, reads_alike
 from firmware.command import REQUEST_ID
 from gateway.diagnostic_requests import DiagnosticResponse, parse_diagnostic
+from gateway.pulse import Pulse, parse_pulse
 from gateway.shadow_requests import ShadowError, ShadowRequest, parse_shadow, refuse_shadow, token_of
 from models.protocol import (
     MAX_CLIENT_TOKEN_BYTES,
@@ -100,6 +101,7 @@ class Request:
     response: CommandResponse | None = None
     shadow: ShadowRequest | None = None
     diagnostic: DiagnosticResponse | None = None
+    pulse: Pulse | None = None
     duplicate: bool = False
     """The broker says that it may have delivered this before: what has been done already is not done again."""
 
@@ -158,6 +160,8 @@ def _request(topic: RequestTopic, token: str | None, body: dict[str, Any], paylo
     match topic.verb:
         case Verb.UPDATE:
             return _update(topic, token, body)
+        case Verb.PULSE:
+            return Request(topic, pulse=parse_pulse(body))
         case Verb.GET_PENDING | Verb.START_NEXT | Verb.DESCRIBE:
             return Request(topic, token, details=_details(body))
         case Verb.CONFIG_UPDATE:

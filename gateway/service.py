@@ -12,6 +12,7 @@
 
 import asyncio
 import collections
+import secrets
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -27,6 +28,7 @@ from gateway.configuration import answer_config, reject_config
 from gateway.diagnostics import take_diagnostics
 from gateway.documents import Documents
 from gateway.jobs import Outgoing, answer, reject
+from gateway.pulse import Pulse, note_pulses
 from gateway.requests import BadRequest, Request, parse_request
 from gateway.shadow import MAX_IN_FLIGHT, TOO_MANY, answer_about_shadows, reject_shadow
 from gateway.shadow_requests import token_of
@@ -104,6 +106,7 @@ class Read:
     shadows: list[Request] = field(default_factory=list)
     diagnostics: list[Request] = field(default_factory=list)
     beats: Beats = field(default_factory=Beats)
+    pulses: list[Pulse] = field(default_factory=list)
     bad: list[tuple[Inbound, BadRequest]] = field(default_factory=list)
     throttled: list[tuple[Inbound, BadRequest]] = field(default_factory=list)
     """What is rejected without having been looked at, and is not kept."""
@@ -111,6 +114,9 @@ class Read:
     def add(self, request: Request) -> None:
         """Sort a request in."""
         verb, thing = request.topic.verb, request.topic.thing
+        if request.pulse is not None:
+            self.pulses.append(request.pulse)
+            return
         self.things.add(thing)
         if request.heartbeat is not None:
             self.beats.add(request.heartbeat)
@@ -139,6 +145,7 @@ class Read:
             shadows=heard(self.shadows),
             diagnostics=heard(self.diagnostics),
             beats=self.beats.without(barred),
+            pulses=self.pulses,
             bad=[(inbound, bad) for inbound, bad in self.bad if not inbound.topic or inbound.topic.thing not in barred],
             throttled=[(i, bad) for i, bad in self.throttled if not i.topic or i.topic.thing not in barred],
         )
@@ -158,6 +165,8 @@ class Gateway:
     """Since when the next batch has been gathering."""
     _topics: dict[str, RequestTopic] = field(default_factory=dict)
     _paused: bool = False
+    name: str = field(default_factory=lambda: secrets.token_hex(8))
+    """What tells this gateway's pulses from those of others."""
     _clones: set[str] = field(default_factory=set)
     """Devices found to be two, to be barred once the batch that found it has been committed."""
     _in_flight: dict[str, int] = field(default_factory=dict)
@@ -365,7 +374,7 @@ class Gateway:
                 [
                     (
                         inbound.raw_topic,
-                        inbound.topic.thing if inbound.topic else None,
+                        (inbound.topic.thing or None) if inbound.topic else None,
                         inbound.payload,
                         reason.code.value,
                         reason.message.replace("\x00", "\\0"),
@@ -373,6 +382,8 @@ class Gateway:
                     for inbound, reason in read.bad
                 ],
             )
+        if read.pulses:
+            await note_pulses(connection, read.pulses, self.name, standing.now)
         if read.beats.said:
             saved = await save_heartbeats(connection, read.beats.said)
             self._clones.update(saved.clones)

@@ -60,13 +60,15 @@ class DeviceRecord(DeviceFacts):
 
     last_heartbeat: datetime | None = None
     uptime: int | None = Field(default=None, ge=0, le=2**63 - 1)
+    offline_since: datetime | None = None
+    """When it was found to be silent for too long; None: it is heard, or never was."""
     config_state: str | None = None
     barred_at: datetime | None = None
     barred_reason: str | None = None
 
 
 KEPT_BY_TIDEGATE = frozenset(
-    {"desired_config_version", "config_state", "config_reported_at", "barred_at", "barred_reason"}
+    {"desired_config_version", "config_state", "config_reported_at", "barred_at", "barred_reason", "offline_since"}
 )
 """Fields that are shown and never imported: what they say follows from what was wanted, reported and decided."""
 

@@ -48,7 +48,7 @@ _JSON_COLUMNS = frozenset({"tags", "config", "desired_config"})
 _SELECT = f"""
 SELECT d.device_id, d.device_type, d.serial_number, d.manufacturer, d.site_id, d.zone, d.tags, d.status,
        d.firmware_version, d.firmware_sha256, d.config, d.desired_config, d.config_version,
-       d.created_at, d.updated_at, d.retired_at, p.last_heartbeat, p.uptime,
+       d.created_at, d.updated_at, d.retired_at, p.last_heartbeat, p.uptime, p.offline_since,
        d.desired_config_version, {CONFIG_STATE} AS config_state, d.config_reported_at, d.barred_at, d.barred_reason
 FROM devices d LEFT JOIN presence p USING (device_id)
 """
@@ -231,7 +231,13 @@ class Registry:
         return await self._change(clause, params, changes)
 
     async def find(
-        self, devices: DeviceFilter, limit: int = 100, after: str | None = None, *, drifted: bool = False
+        self,
+        devices: DeviceFilter,
+        limit: int = 100,
+        after: str | None = None,
+        *,
+        drifted: bool = False,
+        offline: bool = False,
     ) -> DevicePage:
         """Devices the filter selects, in the order of their ids, and how many it selects in all.
 
@@ -239,8 +245,11 @@ class Registry:
             limit: most devices to return.
             after: begin behind this id (the last one of the page before).
             drifted: only those that run another configuration than they should (domain.configurations.ConfigState).
+            offline: only those that are silent beyond their limit (store/offline.py).
         """
         clause, params = where(devices)
+        if offline:
+            clause = f"{clause} AND EXISTS (SELECT FROM presence o WHERE o.device_id = d.device_id AND o.offline_since IS NOT NULL)"
         if drifted:
             clause = f"{clause} AND d.desired_config_version > 0 AND {CONFIG_STATE} = 'drifted'"
         async with (

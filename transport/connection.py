@@ -166,6 +166,12 @@ class Connection:
         if self._client.is_connected:
             self._client.publish(topic, payload, qos=0)
 
+    def publish_durably(self, topic: str, payload: bytes) -> None:
+        """Send at QoS 1: the broker owes an acknowledgement, and its subscribers get it at least once. Dropped while the
+        link is down."""
+        if self._client.is_connected:
+            self._client.publish(topic, payload, qos=1)
+
     def publish_retained(self, topic: str, payload: bytes) -> None:
         """Leave a message with the broker for whoever subscribes later; an empty one removes what was left."""
         self._client.publish(topic, payload, qos=0, retain=True)

@@ -10,7 +10,9 @@ result = await handle.result()
 import dataclasses
 from collections.abc import Callable
 from datetime import timedelta
+from typing import Any
 
+from pydantic import BaseModel
 from temporalio.api.enums.v1 import IndexedValueType
 from temporalio.api.operatorservice.v1 import AddSearchAttributesRequest, ListSearchAttributesRequest
 from temporalio.client import (
@@ -36,6 +38,7 @@ from temporalio.contrib.pydantic import pydantic_data_converter
 from temporalio.runtime import Runtime
 
 from models.errors import UnavailableError
+from models.health import KeepHistoryInput, SweepOfflineInput
 from models.identity import (
     KeepCrlsInput,
     ProvisionDeviceInput,
@@ -48,6 +51,7 @@ from models.ids import provision_workflow_id, reissue_workflow_id, rollout_workf
 from models.quantities import format_duration, format_share
 from models.rollout import Phase, RolloutResult, StartRolloutInput
 from models.spec import RolloutSpec, WaveSpec
+from workflows.offline import OfflineSweepWorkflow
 from workflows.options import (
     CATCH_UP,
     CRL_SCHEDULE,
@@ -60,8 +64,15 @@ from workflows.options import (
     KIND_ROLLOUT,
     KIND_ROTATION,
     KIND_UPKEEP,
+    OFFLINE_CATCH_UP,
+    OFFLINE_SCHEDULE,
+    OFFLINE_SWEEP_EVERY,
+    OFFLINE_SWEEP_ID,
     PHASE,
     RELEASE,
+    RETENTION_EVERY,
+    RETENTION_ID,
+    RETENTION_SCHEDULE,
     ROTATION_WORKFLOW,
     SEARCH_ATTRIBUTES,
     START_TIMEOUT,
@@ -69,6 +80,7 @@ from workflows.options import (
 )
 from workflows.provisioning import ProvisioningWorkflow
 from workflows.reissue import ReissueCertificateWorkflow
+from workflows.retention import RetentionWorkflow
 from workflows.rollout import RolloutWorkflow
 from workflows.upkeep import CrlUpkeepWorkflow
 
@@ -115,10 +127,13 @@ async def add_search_attributes(client: Client, missing: list[str]) -> None:
     )
 
 
-async def ensure_schedules(client: Client, crl_lifetime: timedelta) -> list[str]:
+async def ensure_schedules(client: Client, crl_lifetime: timedelta | None) -> list[str]:
     """Make Tidegate's schedules, or bring those that exist to what this version wants. Returns the names made.
 
     What a person did to one, as pausing it, stays. Many workers may do this at once. Raises RPCError.
+
+    Args:
+        crl_lifetime: of revocation lists; None where nobody signs, and there is no CA to keep.
     """
     made = []
     for name, schedule in _schedules(crl_lifetime).items():
@@ -130,24 +145,40 @@ async def ensure_schedules(client: Client, crl_lifetime: timedelta) -> list[str]
     return made
 
 
-def _schedules(crl_lifetime: timedelta) -> dict[str, Schedule]:
+def _schedules(crl_lifetime: timedelta | None) -> dict[str, Schedule]:
     """Every schedule there is, by name."""
-    upkeep = ScheduleActionStartWorkflow(
-        CrlUpkeepWorkflow.run,
-        KeepCrlsInput(),
-        id=CRL_UPKEEP_ID,
+    offline = _upkeep(
+        OfflineSweepWorkflow.run, SweepOfflineInput(), OFFLINE_SWEEP_ID, "who has fallen silent, who is heard again?"
+    )
+    retention = _upkeep(
+        RetentionWorkflow.run, KeepHistoryInput(), RETENTION_ID, "partitions of the next days, and what is old"
+    )
+    found = {
+        OFFLINE_SCHEDULE: _every(OFFLINE_SWEEP_EVERY, offline, OFFLINE_CATCH_UP),
+        RETENTION_SCHEDULE: _every(RETENTION_EVERY, retention),
+    }
+    if crl_lifetime is not None:
+        lists = _upkeep(CrlUpkeepWorkflow.run, KeepCrlsInput(), CRL_UPKEEP_ID, "sign the revocation lists that are due")
+        found[CRL_SCHEDULE] = _every(min(CRL_UPKEEP_EVERY, crl_lifetime / 8), lists)
+    return found
+
+
+def _upkeep(run: Any, asked: BaseModel, workflow_id: str, summary: str) -> ScheduleActionStartWorkflow:
+    return ScheduleActionStartWorkflow(
+        run,
+        asked,
+        id=workflow_id,
         task_queue=TASK_QUEUE,
         typed_search_attributes=TypedSearchAttributes([SearchAttributePair(KIND, KIND_UPKEEP)]),
-        static_summary="sign the revocation lists that are due",
+        static_summary=summary,
     )
-    return {CRL_SCHEDULE: _every(min(CRL_UPKEEP_EVERY, crl_lifetime / 8), upkeep)}
 
 
-def _every(interval: timedelta, action: ScheduleActionStartWorkflow) -> Schedule:
+def _every(interval: timedelta, action: ScheduleActionStartWorkflow, catch_up: timedelta = CATCH_UP) -> Schedule:
     return Schedule(
         action=action,
         spec=ScheduleSpec(intervals=[ScheduleIntervalSpec(every=interval)]),
-        policy=SchedulePolicy(overlap=ScheduleOverlapPolicy.SKIP, catchup_window=CATCH_UP),
+        policy=SchedulePolicy(overlap=ScheduleOverlapPolicy.SKIP, catchup_window=catch_up),
     )
 
 

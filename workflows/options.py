@@ -157,6 +157,28 @@ CRL_UPKEEP_EVERY = timedelta(hours=1)
 """Long before anything is due: lists are renewed at a quarter of their life, which is a day or more. Shorter lists are
 looked at eight times in theirs."""
 
+OFFLINE_SCHEDULE = "tidegate-offline"
+OFFLINE_SWEEP_ID = "health:offline"
+OFFLINE_SWEEP_EVERY = timedelta(minutes=1)
+"""A device is found offline a minute after its limit at the latest; the least useful limit is a few minutes."""
+
+OFFLINE_SWEEP_LIMIT = timedelta(minutes=5)
+"""All attempts of one look together: PostgreSQL is away for longer now and then, and later looks do the same."""
+
+OFFLINE_CATCH_UP = timedelta(minutes=1)
+"""A look that was missed says nothing that the next does not."""
+
+RETENTION_SCHEDULE = "tidegate-retention"
+RETENTION_ID = "health:retention"
+RETENTION_EVERY = timedelta(hours=1)
+"""Partitions are made three days ahead and dropped by the day; an hour keeps what is deleted row by row small."""
+
+RETENTION_TIMEOUT = timedelta(minutes=20)
+"""One attempt: rows of a day without a partition move at some 50,000 a second."""
+
+RETENTION_LIMIT = timedelta(minutes=50)
+"""All attempts together: less than the time between two rounds."""
+
 CATCH_UP = timedelta(minutes=5)
 """A round that was missed is not made up for: the next one does the same. Temporal's default is a year."""
 

@@ -3,8 +3,8 @@
 For each kind of workflow a device goes through it undisturbed; from its history come the activities there are. Then one
 device goes through it for each of them and each of two points: the worker dies before the activity has done anything,
 or when it has done everything and nobody has been told. What is left of that device in PostgreSQL has to be what is
-left of the undisturbed one: certificates, status, enrolment, configurations, commands, tombstone, and every line of
-the audit, in the same order, each once.
+left of the undisturbed one: certificates, status, enrolment, configurations, commands, tombstone, shadow, and every line
+of the audit, in the same order, each once.
 """
 
 import asyncio
@@ -35,8 +35,9 @@ from models.identity import (
     ReissueCertificateInput,
     RotateCertificateInput,
 )
-from models.ids import reissue_workflow_id
+from models.ids import reissue_workflow_id, shadow_workflow_id
 from models.protocol import CommandStatus
+from models.shadow import SyncShadowInput
 from pki.keys import spki_sha256
 from store.access import share_access
 from store.claims import ClaimStore
@@ -45,6 +46,7 @@ from store.configurations import report
 from store.engine import Database
 from store.enrolments import EnrolmentRequest, EnrolmentStore
 from store.peers import PeerStore
+from store.shadows import load_shadows, save_shadows
 from store.waits import happened
 from tests.chaos.dying_worker import PLAN, death
 from tests.conftest import Broker, free_port
@@ -52,13 +54,15 @@ from tests.identity_setup import make_authorities
 from tests.workflow.conftest import BINARIES
 from workflows.client import connect, register_search_attributes, start_provisioning, start_reissue
 from workflows.lifecycle_client import start_configuration, start_decommission, start_rotation
+from workflows.shadow_client import start_shadow_sync, sync_token
 
 pytestmark = [pytest.mark.chaos, pytest.mark.slow, pytest.mark.timeout(600)]
 ROOT = Path(__file__).parent.parent.parent
-KINDS = ("provision", "configure", "rotate", "reissue", "decommission")
+KINDS = ("provision", "configure", "rotate", "reissue", "decommission", "shadow")
 GOOD = "undisturbed"
 CLAIM = "c" * 64
 NEXT_DEATH_SECONDS = 120.0
+WANTED = {"power": "on"}
 
 
 @dataclass
@@ -121,6 +125,10 @@ class World:
                     await happened(connection, [(device_id, wanted, {})])
                 case DeviceHappening.CONFIGURED:
                     await report(connection, device_id, at_least or 1)
+                case DeviceHappening.SHADOW_REPORTED:
+                    shadows = await load_shadows(connection, [(device_id, "")])
+                    shadows[device_id, ""].update({"reported": WANTED}, 1.0, f"device:{device_id}")
+                    await save_shadows(connection, shadows.values(), 1.0)
                 case DeviceHappening.COMMAND_ANSWERED:
                     pending = (await pending_commands(connection, [device_id])).get(device_id)
                     if pending is not None:
@@ -161,6 +169,8 @@ class World:
             case "configure":
                 asked = ConfigureDeviceInput(device_id=device, config={"updateInterval": 5000}, actor="alice")
                 handle = await start_configuration(self.client, asked)
+            case "shadow":
+                handle = await start_shadow_sync(self.client, _wanting(device))
             case "rotate":
                 handle = await start_rotation(self.client, RotateCertificateInput(device_id=device, actor="alice"))
             case _:
@@ -175,6 +185,8 @@ class World:
         if kind == "reissue":
             key = self.keys.setdefault(device, ec.generate_private_key(ec.SECP256R1()))
             return reissue_workflow_id(device, _public(key)[1])
+        if kind == "shadow":
+            return shadow_workflow_id(device, "", sync_token(_wanting(device)))
         return f"{kind}:{device}"
 
     async def make_device(self, device: str) -> None:
@@ -212,6 +224,9 @@ class World:
             "commands": "SELECT operation, state FROM device_commands WHERE device_id = %(device)s ORDER BY created_at",
             "tombstones": "SELECT released_at FROM tombstones WHERE serial_number = %(device)s",
             "audit": "SELECT actor, action FROM audit_events WHERE subject = %(device)s ORDER BY event_no",
+            "shadows": "SELECT version, desired, reported, deleted_at FROM shadows WHERE device_id = %(device)s",
+            "shadow_history": "SELECT version, actor, change FROM shadow_history WHERE device_id = %(device)s "
+            "ORDER BY version",
             "waits": "SELECT event FROM device_waits WHERE device_id = %(device)s",
             "alerts": "SELECT rule FROM alerts WHERE subject = %(device)s",
         }
@@ -222,6 +237,10 @@ class World:
                 ]
                 for what, sql in asked.items()
             }
+
+
+def _wanting(device: str) -> SyncShadowInput:
+    return SyncShadowInput(device_id=device, patch=WANTED, actor="alice", limit=timedelta(minutes=10))
 
 
 async def pending(handle: WorkflowHandle[Any, Any]) -> str:

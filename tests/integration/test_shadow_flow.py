@@ -9,6 +9,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 import pytest_asyncio
@@ -29,10 +30,12 @@ from store.engine import Database
 from store.shadow_syncing import ShadowSyncStore
 from store.shadows import clear_shadows, delete_shadow, get_shadow, purge_deleted, save_shadows, set_desired
 from store.waits import happened
+from tests.agent_standin import serving_artifacts
 from tests.cli_runner import Ran, run
-from tests.conftest import Broker
+from tests.conftest import Broker, free_port
 from tests.integration.rollout_setup import add_devices
-from tests.integration.shadow_setup import ask, report, rows, shadow_door
+from tests.integration.shadow_setup import ask, desire, report, rows, shadow_door
+from tests.integration.test_agent_process import THING, Rig
 from tests.integration.test_gateway_jobs import Door
 from tests.workflow.life_stage import life_workers
 from transport.publisher import Publisher
@@ -374,3 +377,25 @@ async def test_changes_from_here_keep_the_same_rules(db: Database) -> None:
         await set_desired(connection, DEVICE, "x", {"a": 1}, "alice")
         assert (await clear_shadows(connection, DEVICE), await clear_shadows(connection, DEVICE)) == (1, 0)
         await happened(connection, [(DEVICE, DeviceHappening.SHADOW_REPORTED, {})])
+
+
+# --- the reference agent -----------------------------------------------------------------------------------------------
+
+
+async def test_the_agent_as_a_process_becomes_what_is_wanted_and_again_after_a_restart(
+    db: Database, broker: Broker, tmp_path: Path
+) -> None:
+    async with serving_artifacts(free_port()) as publisher, shadow_door(db, broker, 7) as door:
+        rig = Rig(tmp_path, broker, publisher)
+        try:
+            for wanted in ({"power": "on", "led": {"level": 3}}, {"led": {"level": 4, "rgb": [1, 2]}}):
+                await desire(door, THING, wanted)
+                await rig.start()
+                async with asyncio.timeout(60):
+                    while "delta" in (got := await ask(door, THING, "get"))["state"]:
+                        await asyncio.sleep(0.1)
+                assert await rig.end() == 0
+            assert got["state"]["reported"] == {"power": "on", "led": {"level": 4, "rgb": [1, 2]}}
+        finally:
+            if rig.process is not None and rig.process.returncode is None:
+                await rig.end(signal.SIGKILL)

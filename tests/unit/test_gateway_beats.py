@@ -47,6 +47,12 @@ def test_a_device_that_is_barred_has_said_nothing() -> None:
     assert [beat.device_id for beat in left.said] == list(left.things) == ["n"]
 
 
+def test_a_batch_that_failed_leaves_nothing_on_what_is_tried_again_one_by_one() -> None:
+    said = [heartbeat("m", 1), heartbeat("m", 2, "b"), heartbeat("m", 3, "b")]
+    assert taken(*said)[2] == ("m", 2, 1, True)
+    assert [taken(beat) for beat in said] == [[("m", 0, 0, True)]] * 3
+
+
 @given(st.lists(st.tuples(st.sampled_from("mno"), st.integers(0, 5), st.sampled_from(["a", "b", None]))))
 def test_each_device_has_one_newest_in_each_round_and_numbers_without_a_gap(
     said: list[tuple[str, int, str | None]],
