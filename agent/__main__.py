@@ -31,6 +31,7 @@ from agent.slots import Slots
 from agent.storage import PosixStorage
 from agent.trust import Trust
 from agent.updater import Identity
+from agent.vitals import measured
 from firmware.keys import TrustedKeys, load_public_key
 from models.errors import TidegateError
 from models.ids import THING_NAME
@@ -180,6 +181,7 @@ def _config(arguments: argparse.Namespace, thing: str) -> DeviceConfig:
         ),
         patience=Patience(answer_seconds=arguments.answer_within),
         download=DownloadPolicy(window_seconds=arguments.download_window),
+        vitals=measured,
     )
 
 

@@ -269,12 +269,15 @@ class JobsClient:
             self.errors += 1
             raise UnansweredError(f"{topic}: not taken within {self.patience.answer_seconds} s") from error
 
-    async def heartbeat(self, body: Mapping[str, Any]) -> None:
-        """Publish a heartbeat; one that cannot be sent is lost, the next one says more."""
+    async def heartbeat(self, body: Mapping[str, Any]) -> bool:
+        """Publish a heartbeat; one that cannot be sent (False) is lost, the next one says more."""
+        sent = False
         if self._client is not None:
             with contextlib.suppress(aiomqtt.MqttError):
                 await self._client.publish(heartbeat_topic(self.thing), orjson.dumps(body), qos=0)
+                sent = True
             _heed_cancellation()
+        return sent
 
     def _connect(self) -> aiomqtt.Client:
         broker = self._broker

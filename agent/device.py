@@ -31,6 +31,7 @@ from agent.shadow import ShadowKeeper
 from agent.slots import Slots
 from agent.storage import Storage
 from agent.updater import Identity, Leg, Updater
+from agent.vitals import Read, modelled
 
 
 class Reset(StrEnum):
@@ -65,6 +66,7 @@ class DeviceConfig:
     timing: Timing = field(default_factory=Timing)
     patience: Patience = field(default_factory=Patience)
     download: DownloadPolicy = field(default_factory=DownloadPolicy)
+    vitals: Read = modelled
 
 
 Behave = Callable[[Boot, bytes], Behaviour]
@@ -234,20 +236,20 @@ class Device:
             return
         while True:
             await client.connected.wait()
-            await client.heartbeat(self._vitals(client, boot))
+            vitals = self._vitals(client, boot)
+            if await client.heartbeat(vitals):
+                client.errors -= vitals["errorCount"]
             period = self._configuration.current.heartbeat_seconds or self._config.timing.heartbeat_seconds
             await asyncio.sleep(period * self._rng.uniform(0.8, 1.2))
 
     def _vitals(self, client: JobsClient, boot: Boot) -> dict[str, Any]:
-        """A heartbeat; memory, temperature and signal are modelled, the rest is so."""
+        """A heartbeat; `errorCount` counts from the one before it."""
         return {
             "deviceId": self._config.identity.device_id,
             "timestamp": int(self._clock() * 1000),
             "uptime": int(time.monotonic() - self._started),
-            "freeMemory": 64 * 2**20 + self._rng.randrange(2**20),
-            "cpuTemperature": round(self._rng.gauss(45, 3), 1),
+            **self._config.vitals(self._rng),
             "firmwareVersion": boot.version,
-            "networkSignalStrength": round(self._rng.gauss(-60, 4)),
             "errorCount": client.errors,
             "firmwareSha256": boot.sha256,
             "bootId": self._boot_id,

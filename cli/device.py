@@ -4,7 +4,7 @@ import asyncio
 import re
 import sys
 from collections.abc import Iterator
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Annotated, BinaryIO
 
@@ -13,11 +13,14 @@ from pydantic import ValidationError
 
 from cli.command import Session, command
 from cli.output import ago, facts, printable, table
+from cli.presence import presence_facts
 from domain.device_rows import MAX_LINE_BYTES, Format, format_of
 from domain.mistakes import faults_of, path_of
 from models.device import DeviceFacts, DeviceFilter, DeviceStatus
 from models.errors import InvalidInputError, Mistake, NotFoundError, SpecError
+from models.health import DeviceShown
 from models.quantities import parse_duration
+from store.health import HealthStore
 from store.registry import Registry
 from store.shadows import list_shadows
 
@@ -79,13 +82,16 @@ async def list_devices(
     drifted: Annotated[
         bool, typer.Option("--drifted", help="Only those that run another configuration than they should.")
     ] = False,
+    offline: Annotated[
+        bool, typer.Option("--offline", help="Only those that are silent beyond their type's limit.")
+    ] = False,
     limit: Annotated[int, typer.Option(min=0, help="Most devices to show; 0 only counts.")] = 50,
     after: Annotated[str | None, typer.Option(metavar="ID", help="Begin behind this device id.")] = None,
 ) -> None:
     """List devices: all that are not retired, or those that match every option given."""
     devices = filter_of(type_, site or [], tag or [], status or [], version or [], id_ or [], inactive)
     async with session.database() as db:
-        page = await Registry(db).find(devices, limit=limit, after=after, drifted=drifted)
+        page = await Registry(db).find(devices, limit=limit, after=after, drifted=drifted, offline=offline)
     now = datetime.now(UTC)
     rows = [
         (
@@ -123,9 +129,14 @@ async def show_device(
     async with session.database() as db:
         registry = Registry(db)
         device = await (registry.get(device_id) if device_id is not None else registry.get_by_serial(serial or ""))
+        presence = await HealthStore(db).presence(device.device_id)
         async with db.pool.connection() as connection:
             shadows = await list_shadows(connection, device.device_id)
-    session.out.result(device, facts(_facts_of(device)))
+    limit, now = timedelta(minutes=session.settings.offline_minutes), datetime.now(UTC)
+    session.out.result(
+        DeviceShown(**device.model_dump(), presence=presence),
+        facts([*_facts_of(device), *presence_facts(presence, limit, now)]),
+    )
     if shadows:
         session.out.say(f"its shadows: 'shadow list {device.device_id}'")
 
@@ -256,12 +267,12 @@ def tag_of(written: str) -> tuple[str, str]:
 
 def _facts_of(device: DeviceFacts) -> Iterator[tuple[str, object]]:
     for name in type(device).model_fields:
+        if name in ("last_heartbeat", "uptime", "offline_since"):
+            continue  # presence says it, with all else that the device said
         value = getattr(device, name)
         if isinstance(value, dict):
             for key, inner in value.items():
                 yield f"{name}.{printable(key)}", inner
-        elif name == "last_heartbeat":
-            yield name, value and f"{ago(value, datetime.now(UTC))}, {value:%Y-%m-%d %H:%M:%S}Z"
         else:
             yield name, value
 

@@ -9,7 +9,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from cli import alert, audit, broker, ca, claim, enrolment, lifecycle, release, rollout, rotation, shadow
+from cli import alert, audit, broker, ca, claim, enrolment, health, lifecycle, release, rollout, rotation, shadow
 from cli.command import DebugOption, JsonOption, Session, Shared, StateOption, command, guarded
 from cli.output import EXIT_HELP, ExitStatus
 from cli.up import up
@@ -75,6 +75,8 @@ async def migrate_database(session: Session) -> None:
 
 app.add_typer(ca.app, name="ca")
 app.add_typer(lifecycle.app, name="device")
+app.add_typer(health.app, name="device-type")
+command(app, "health")(health.show_health)
 app.add_typer(broker.app, name="broker")
 app.add_typer(claim.app, name="claim")
 app.add_typer(enrolment.app, name="enrolment")

@@ -4,7 +4,7 @@ from datetime import datetime
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from models.device import Label
+from models.device import DeviceRecord, Label
 
 
 class SweepOfflineInput(BaseModel):
@@ -108,6 +108,12 @@ class PresenceView(BaseModel):
     firmware_version: str | None = None
     boot_id: str | None = None
     extra: dict[str, float] | None = None
+
+
+class DeviceShown(DeviceRecord):
+    """A device with what it said last."""
+
+    presence: PresenceView
 
 
 class DeviceHealth(BaseModel):

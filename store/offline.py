@@ -19,7 +19,7 @@ DEVICE_OFFLINE, SITE_OFFLINE, INGEST_SILENT = "device-offline", "site-offline", 
 
 ACTOR = "upkeep"
 
-_COUNTS = "d.status <> 'retired' AND d.barred_at IS NULL"
+COUNTS = "d.status <> 'retired' AND d.barred_at IS NULL"
 
 _MARK = f"""
 WITH heard AS (
@@ -29,7 +29,7 @@ WITH heard AS (
 ), silent AS (
   SELECT p.device_id, p.last_heartbeat, d.site_id, COALESCE(t.offline_after_seconds, %(limit)s::float8) AS seconds
   FROM presence p JOIN devices d USING (device_id) LEFT JOIN device_types t USING (device_type)
-  WHERE p.offline_since IS NULL AND {_COUNTS}
+  WHERE p.offline_since IS NULL AND {COUNTS}
     AND p.last_heartbeat < now() - make_interval(secs => (SELECT seconds FROM least))
     AND greatest(p.last_heartbeat, (SELECT covered_since FROM heard))
         < now() - make_interval(secs => COALESCE(t.offline_after_seconds, %(limit)s::float8))
@@ -57,7 +57,7 @@ _TAKE_BACK = f"""
 WITH over AS (
   SELECT p.device_id FROM presence p JOIN devices d USING (device_id) LEFT JOIN device_types t USING (device_type)
   WHERE p.offline_since IS NOT NULL
-    AND (p.last_heartbeat > p.offline_since OR NOT ({_COUNTS})
+    AND (p.last_heartbeat > p.offline_since OR NOT ({COUNTS})
          OR p.last_heartbeat >= now() - make_interval(secs => COALESCE(t.offline_after_seconds, %(limit)s::float8)))
   FOR UPDATE OF p SKIP LOCKED
 ), cleared AS (
@@ -75,7 +75,7 @@ SELECT now(), (SELECT pulsed_at FROM ingest_state WHERE source = '{SOURCE}'), EX
 
 _BY_SITE = f"""
 SELECT d.site_id, count(*) FILTER (WHERE p.offline_since IS NOT NULL), count(*)
-FROM presence p JOIN devices d USING (device_id) WHERE {_COUNTS} GROUP BY d.site_id
+FROM presence p JOIN devices d USING (device_id) WHERE {COUNTS} GROUP BY d.site_id
 """
 
 _STANDING = "SELECT EXISTS (SELECT FROM alerts WHERE rule = %s AND state <> 'resolved')"

@@ -47,7 +47,7 @@ class HeartbeatRecord(SQLModel, table=True):
     """Every heartbeat that was acknowledged, in daily partitions; `at` is when it was committed.
 
     Without a primary key: its index would cost more at every heartbeat, and keep nothing out that can come in. The index
-    by device alone is smaller, because equal keys are kept once (docs/adr/0018).
+    by device alone is smaller, because equal keys are kept once (docs/health.md).
     """
 
     __tablename__ = "heartbeats"

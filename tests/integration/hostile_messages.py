@@ -81,7 +81,7 @@ MALFORMED: dict[str, bytes] = {
     "a blank": b" ",
     "a number as token": b'{"clientToken":7}',
     "a token of 65 bytes": b'{"clientToken":"' + b"x" * 65 + b'"}',
-    "a token of 65 bytes in 33 characters": '{"clientToken":"'.encode() + "\u00e4".encode() * 33 + b'"}',
+    "a token of 65 bytes in 33 characters": b'{"clientToken":"' + "\u00e4".encode() * 33 + b'"}',
     "an object as token": b'{"clientToken":{"a":1}}',
 }
 """For every verb alike."""

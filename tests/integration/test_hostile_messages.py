@@ -182,9 +182,8 @@ async def quiet_broker(folder: Path) -> AsyncIterator[int]:
         f"listener {port} 127.0.0.1\nallow_anonymous true\nmax_inflight_messages 0\nmax_queued_messages 100000\n"
         "persistence false\nlog_dest none\n"
     )
-    process = subprocess.Popen(
-        [str(mosquitto_binary()), "-c", str(config)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+    command = [str(mosquitto_binary()), "-c", str(config)]
+    process = await asyncio.to_thread(subprocess.Popen, command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         wait_for_port(port, process)
         yield port

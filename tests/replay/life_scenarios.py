@@ -14,6 +14,7 @@ from temporalio.testing import WorkflowEnvironment
 
 from models.identity import DeviceHappening
 from models.lifecycle import CertificatesSeen, RotateFleetInput, RotationSeen
+from tests.replay.health_scenarios import HEALTH
 from tests.replay.provisioning_scenarios import PROVISIONING
 from tests.workflow.life_stage import LifeStage
 from workflows.lifecycle_client import start_fleet_rotation
@@ -196,4 +197,5 @@ LIVES: dict[str, dict[str, Scenario]] = {
         "refused": _played(shadow_refused),
     },
     **PROVISIONING,
+    **HEALTH,
 }

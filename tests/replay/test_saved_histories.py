@@ -15,7 +15,7 @@ from models.rollout import RunWaveInput, RunWaveResult, StartRolloutInput
 from tests.replay.life_scenarios import LIVES
 from tests.replay.record import SCENARIOS
 from tests.replay.scenarios import REAL
-from worker import LIFECYCLE_WORKFLOWS
+from worker import HEALTH_WORKFLOWS, LIFECYCLE_WORKFLOWS
 from workflows.provisioning import ProvisioningWorkflow
 from workflows.reissue import ReissueCertificateWorkflow
 from workflows.rollout import RolloutWorkflow
@@ -23,7 +23,14 @@ from workflows.sandbox import runner
 from workflows.wave import WaveWorkflow
 
 HISTORIES = Path(__file__).parent / "histories"
-ALL = (RolloutWorkflow, WaveWorkflow, ProvisioningWorkflow, ReissueCertificateWorkflow, *LIFECYCLE_WORKFLOWS)
+ALL = (
+    RolloutWorkflow,
+    WaveWorkflow,
+    ProvisioningWorkflow,
+    ReissueCertificateWorkflow,
+    *LIFECYCLE_WORKFLOWS,
+    *HEALTH_WORKFLOWS,
+)
 SAVED = sorted(HISTORIES.glob("*/*.json"))
 
 

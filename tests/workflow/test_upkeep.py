@@ -141,10 +141,14 @@ async def server() -> AsyncIterator[WorkflowEnvironment]:
         yield environment
 
 
-async def test_many_workers_make_one_schedule_which_starts_a_round_at_once(server: WorkflowEnvironment) -> None:
+async def test_many_workers_make_each_schedule_once_and_it_starts_a_round_at_once(server: WorkflowEnvironment) -> None:
     client = server.client
     made = await asyncio.gather(*(ensure_schedules(client, timedelta(hours=168)) for _ in range(5)))
-    assert sorted(name for names in made for name in names) == [options.CRL_SCHEDULE]
+    assert sorted(name for names in made for name in names) == [
+        options.CRL_SCHEDULE,
+        options.OFFLINE_SCHEDULE,
+        options.RETENTION_SCHEDULE,
+    ]
     handle = client.get_schedule_handle(options.CRL_SCHEDULE)
     schedule = (await handle.describe()).schedule
     assert schedule.spec.intervals[0].every == timedelta(hours=1)
