@@ -41,7 +41,7 @@ JOB = "motor-1_3_0"
 QUIET = logging.getLogger("tests.quiet")
 """aiomqtt warns of many calls at a time, which is what is wanted here."""
 QUIET.setLevel(logging.ERROR)
-NUMBER, ROUNDS, PASSES = 1000, 20, 4
+NUMBER, ROUNDS, PASSES = 1000, 20, 3
 VICTIMS = [f"motor-{i}" for i in range(1, 41)]
 GOOD = [f"motor-{i}" for i in range(41, 61)]
 MAX_SECONDS, MAX_GROWTH_BYTES = 1.0, 8 * 1024 * 1024
