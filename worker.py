@@ -2,7 +2,8 @@
 
 Three task queues: workflows with short activities; dispatch, for activities that last as long as a wave; artifacts, whose
 CPU-bound work runs in processes of its own (activities.delta_builder). A fourth where it is given the keys of the
-certificate authorities (TIDEGATE_CA_DIR): signing. All that matters is in PostgreSQL and Temporal: a
+certificate authorities (TIDEGATE_CA_DIR): signing. A fifth where it has the channels that alerts are told to
+(TIDEGATE_NOTIFY_FILE). All that matters is in PostgreSQL and Temporal: a
 worker may be killed at any moment, and another one goes on within the heartbeat timeout.
 
 It waits for what is not there yet (Temporal, PostgreSQL, the broker), saying so, and registers the search attributes.
@@ -30,17 +31,23 @@ from activities.artifact_store import ArtifactStore
 from activities.artifacts import ArtifactActivities
 from activities.authorities import AuthorityActivities, AuthorityWatch
 from activities.cache import CacheRelay
+from activities.channels import load_channels
 from activities.configuration import ConfigurationActivities
 from activities.decommission import DecommissionActivities
+from activities.diagnostics import DiagnosticActivities
 from activities.enrolment_hook import EnrolmentHook
+from activities.fleet_jobs import FleetJobActivities
 from activities.fleet_rotation import FleetRotationActivities
 from activities.health import HealthActivities
+from activities.notification_relay import NotificationRelay
+from activities.notifying import NotifyingActivities
 from activities.provisioning import IssuingActivities, ProvisioningActivities
 from activities.relay import OutboxRelay
 from activities.rollouts import RolloutActivities
 from activities.rotation import RotationActivities
 from activities.shadow import ShadowActivities
 from activities.signing import CertificateSigner
+from models.alerting import NotifyInput
 from models.errors import InvalidInputError, TidegateError, UnavailableError
 from models.lifecycle import RotateFleetInput
 from models.settings import Settings
@@ -49,7 +56,10 @@ from pki.signer import FileKeyStore, key_store
 from store.configuring import ConfiguringStore
 from store.decommission import DecommissionStore
 from store.deltas import DeltaStore
+from store.diagnostics import DiagnosticStore
 from store.engine import Database
+from store.fleetjobs import FleetJobStore
+from store.notifications import NotificationStore
 from store.provisioning import ProvisioningStore
 from store.rollouts import RolloutStore
 from store.rotation import RotationStore
@@ -60,8 +70,12 @@ from workflows import options
 from workflows.client import connect, ensure_schedules, register_search_attributes
 from workflows.configuration import ConfigurationWorkflow
 from workflows.decommission import DecommissionWorkflow
+from workflows.diagnostic import DiagnosticWorkflow
+from workflows.fleet_job import FleetJobWorkflow
 from workflows.fleet_rotation import FleetRotationWorkflow
 from workflows.lifecycle_client import ROTATION_SCHEDULE, TemporalFlows, ensure_rotation_schedule
+from workflows.notification import NotificationWorkflow
+from workflows.notification_client import start_notification
 from workflows.offline import OfflineSweepWorkflow
 from workflows.provisioning import ProvisioningWorkflow
 from workflows.reissue import ReissueCertificateWorkflow
@@ -92,6 +106,9 @@ DRIVERS = 200
 SHORT_ACTIVITIES = 50
 BUILDERS = 1
 """Rollouts whose deltas are built at one time: a build takes a core and 17 times the image in memory."""
+
+TELLERS = 20
+"""Attempts to tell somebody at one time: each waits for a receiver, and nobody else."""
 
 SIGNERS = 20
 """Activities that sign at one time: each has a transaction open while the signer answers."""
@@ -125,6 +142,7 @@ class Lifecycle:
     decommission: DecommissionActivities
     fleet: FleetRotationActivities
     shadow: ShadowActivities
+    diagnostics: DiagnosticActivities
 
     @classmethod
     def of(cls, db: Database, client: Client, publisher: Publisher, settings: Settings) -> "Lifecycle":
@@ -136,12 +154,14 @@ class Lifecycle:
             DecommissionActivities(DecommissionStore(db), flows, publisher, RetainedMessages(settings)),
             FleetRotationActivities(certificates, flows),
             ShadowActivities(ShadowSyncStore(db), publisher),
+            DiagnosticActivities(DiagnosticStore(db), publisher),
         )
 
     @property
     def short(self) -> list[Callable[..., Any]]:
         """Of one transaction, or a few seconds at most."""
         configuration, rotation, decommission = self.configuration, self.rotation, self.decommission
+        diagnostics = self.diagnostics
         return [
             configuration.want_configuration,
             configuration.hint_configuration,
@@ -161,6 +181,10 @@ class Lifecycle:
             decommission.clear_retained,
             decommission.alert_retained_left,
             decommission.end_decommission,
+            diagnostics.open_question,
+            diagnostics.publish_question,
+            diagnostics.end_question,
+            diagnostics.look_at_boot,
         ]
 
     @property
@@ -175,6 +199,7 @@ LIFECYCLE_WORKFLOWS: list[type] = [
     DecommissionWorkflow,
     FleetRotationWorkflow,
     ShadowSyncWorkflow,
+    DiagnosticWorkflow,
 ]
 HEALTH_WORKFLOWS: list[type] = [OfflineSweepWorkflow, RetentionWorkflow]
 
@@ -187,10 +212,12 @@ def workers(
     provisioning: ProvisioningActivities,
     lifecycle: Lifecycle,
     health: HealthActivities,
+    jobs: FleetJobActivities,
     authorities: AuthorityActivities | None = None,
     issuing: IssuingActivities | None = None,
+    notifying: NotifyingActivities | None = None,
 ) -> list[Worker]:
-    """One worker per task queue; that of the CA only where there are keys."""
+    """One worker per task queue; that of the CA only where there are keys, that of notifications where channels are."""
     common: dict[str, Any] = {
         "identity": f"{socket.gethostname()}/{os.getpid()}",
         "graceful_shutdown_timeout": GRACE,
@@ -201,14 +228,17 @@ def workers(
         workflows=[
             RolloutWorkflow,
             WaveWorkflow,
+            FleetJobWorkflow,
             ProvisioningWorkflow,
             ReissueCertificateWorkflow,
             CrlUpkeepWorkflow,
+            NotificationWorkflow,
             *LIFECYCLE_WORKFLOWS,
             *HEALTH_WORKFLOWS,
         ],
         activities=[
             rollouts.plan_rollout,
+            jobs.plan_fleet_job,
             rollouts.write_plain_document,
             rollouts.close_wave,
             rollouts.check_promotable,
@@ -232,7 +262,7 @@ def workers(
     dispatch = Worker(
         client,
         task_queue=options.DISPATCH_QUEUE,
-        activities=[rollouts.drive_wave, rollouts.finish_rollout, *lifecycle.lasting],
+        activities=[rollouts.drive_wave, rollouts.finish_rollout, rollouts.cancel_running, *lifecycle.lasting],
         max_concurrent_activities=DRIVERS,
         max_heartbeat_throttle_interval=BEAT_THROTTLE,
         **common,
@@ -244,16 +274,28 @@ def workers(
         max_concurrent_activities=BUILDERS,
         **common,
     )
-    if authorities is None or issuing is None:
-        return [light, dispatch, cpu]
-    signing = Worker(
+    found = [light, dispatch, cpu]
+    if authorities is not None and issuing is not None:
+        signing = Worker(
+            client,
+            task_queue=options.CA_QUEUE,
+            activities=[authorities.publish_crls, issuing.issue_certificate, issuing.reissue_certificate],
+            max_concurrent_activities=SIGNERS,
+            **common,
+        )
+        found.append(signing)
+    return found if notifying is None else [*found, notify_worker(client, notifying, **common)]
+
+
+def notify_worker(client: Client, notifying: NotifyingActivities, **common: Any) -> Worker:
+    """Tells people of alerts."""
+    return Worker(
         client,
-        task_queue=options.CA_QUEUE,
-        activities=[authorities.publish_crls, issuing.issue_certificate, issuing.reissue_certificate],
-        max_concurrent_activities=SIGNERS,
+        task_queue=options.NOTIFY_QUEUE,
+        activities=[notifying.choose_channels, notifying.deliver_notification],
+        max_concurrent_activities=TELLERS,
         **common,
     )
-    return [light, dispatch, cpu, signing]
 
 
 def _runtime(settings: Settings) -> tuple[Runtime, int]:
@@ -287,6 +329,20 @@ def _keys(settings: Settings) -> FileKeyStore | None:
     return key_store(settings) if settings.ca_dir is not None else None
 
 
+def _channels(settings: Settings) -> NotifyingActivities | None:
+    """What tells people of alerts. Raises where there is a notify file and it cannot be used."""
+    return NotifyingActivities(load_channels(settings.notify_file)) if settings.notify_file is not None else None
+
+
+def notification_relay(db: Database, client: Client, notifying: NotifyingActivities | None) -> NotificationRelay:
+    """Hands changes of alerts to workflows; where nobody is to be told, to nobody."""
+
+    async def start(told: NotifyInput) -> None:
+        await start_notification(client, told)
+
+    return NotificationRelay(NotificationStore(db), start if notifying is not None else None)
+
+
 async def _schedule(client: Client, settings: Settings, *, signs: bool) -> None:
     """Upkeep by the clock; of revocation lists where this worker signs, because without a CA there is nothing to keep."""
     sweep = RotateFleetInput(overlap=timedelta(hours=settings.rotation_overlap_hours))
@@ -311,7 +367,7 @@ async def serve(settings: Settings) -> None:
             "the worker needs TIDEGATE_DATABASE_URL, TIDEGATE_TEMPORAL_ADDRESS, TIDEGATE_MQTT_URL and "
             "TIDEGATE_ARTIFACT_STORE, or the state directory of a running 'starter.py up'"
         )
-    keys = _keys(settings)
+    keys, notifying = _keys(settings), _channels(settings)
     stop, loop = asyncio.Event(), asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
@@ -330,14 +386,16 @@ async def serve(settings: Settings) -> None:
             issuing = IssuingActivities(ProvisioningStore(db), signer)
         running = workers(
             client,
-            RolloutActivities(store, publisher),
+            RolloutActivities(store, publisher, TemporalFlows(client)),
             ArtifactActivities(ArtifactStore.of(settings), DeltaStore(db), store),
             AuthorityWatch(db),
             ProvisioningActivities(ProvisioningStore(db), EnrolmentHook(settings.enrolment_hook_url)),
             Lifecycle.of(db, client, publisher, settings),
             HealthActivities.of(db, settings),
+            FleetJobActivities(FleetJobStore(db)),
             authorities,
             issuing,
+            notifying,
         )
         await _schedule(client, settings, signs=keys is not None)
         cache = CacheRelay(db.url, settings.redis_url) if settings.redis_url else None
@@ -345,6 +403,7 @@ async def serve(settings: Settings) -> None:
             for worker in running:
                 group.create_task(worker.run())
             group.create_task(OutboxRelay(db, client, options.DEVICE_EVENT).run(stop))
+            group.create_task(notification_relay(db, client, notifying).run(stop))
             if cache is not None:
                 group.create_task(cache.run(stop))
             metrics.mark_ready("worker")

@@ -10,9 +10,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 
+from activities.examining import Examiner
 from activities.hinting import Hinter
 from activities.rollout_records import RolloutRecords
-from domain.verdicts import OVER, drive_verdict
+from domain.verdicts import OVER, drive_verdict, is_continuous
 from models.rollout import (
     DriveHeartbeat,
     DriveMode,
@@ -27,6 +28,9 @@ from models.rollout import (
 
 SWEEP_EVERY = timedelta(seconds=1)
 """Deadlines are minutes to days long; a second late is soon enough, and a sweep is a query."""
+
+JOIN_EVERY = timedelta(seconds=10)
+"""A device that comes to match a continuous job is part of it within this; looking is a scan of the registry."""
 
 BEAT_EVERY = timedelta(seconds=1)
 """Well within the heartbeat timeout."""
@@ -49,6 +53,7 @@ class WaveDriver:
     """See the module.
 
     Attributes:
+        examiner: asks devices that failed how they are.
         beat: called about every BEAT_EVERY with what to show; raises when this driver is to stop.
     """
 
@@ -57,6 +62,9 @@ class WaveDriver:
     hinter: Hinter
     beat: Callable[[DriveHeartbeat], None]
     clock: Callable[[], float] = time.monotonic
+    examiner: Examiner | None = None
+    join_every: timedelta = JOIN_EVERY
+    _join_at: float = 0.0
 
     async def drive(self) -> DriveWaveResult:
         """Drive until the verdict is not CONTINUE."""
@@ -68,10 +76,12 @@ class WaveDriver:
             if self.clock() >= sweep_at:
                 await self.records.sweep(asked.job_no)
                 sweep_at = self.clock() + SWEEP_EVERY.total_seconds()
+            await self._join()
             seen = await self.records.progress(asked.job_no, asked.wave)
             if self._is_to_open(seen):
                 await self.records.open_wave(asked.job_no, asked.wave)
                 continue
+            await self._examine(seen)
             verdict = drive_verdict(asked, seen)
             if verdict.verdict is not Verdict.CONTINUE:
                 return await self._end(verdict, seen)
@@ -84,6 +94,19 @@ class WaveDriver:
                 beat_at = self.clock() + BEAT_EVERY.total_seconds()
             await self.records.wait_for_change(asked.job_no, _patience(seen, sent, quiet).total_seconds())
 
+    async def _examine(self, seen: JobProgress) -> None:
+        counts = seen.wave.counts
+        if self.examiner is not None:
+            await self.examiner.look(counts.failed + counts.rejected + counts.timed_out)
+
+    async def _join(self) -> None:
+        """Take in devices that match by now. Whoever drives does it: one that is killed leaves nothing half done."""
+        if not is_continuous(self.asked.spec) or self.clock() < self._join_at:
+            return
+        if await self.records.join(self.asked.job_no):
+            self.hinter.wake(self.asked.wave)
+        self._join_at = self.clock() + self.join_every.total_seconds()
+
     def _is_to_open(self, seen: JobProgress) -> bool:
         """A wave is opened by its own driver, which saves a step between two waves; never while the job is paused."""
         return (
@@ -95,6 +118,8 @@ class WaveDriver:
 
     async def _end(self, verdict: WaveVerdict, seen: JobProgress) -> DriveWaveResult:
         asked, wave = self.asked, seen.wave
+        if self.examiner is not None:
+            await self.examiner.look()
         soak_first = asked.mode is DriveMode.ANSWERING and asked.soaks and verdict.verdict is Verdict.PROMOTE
         recorded = wave.verdict is verdict.verdict and wave.reason == verdict.reason
         stopped_by_others = seen.job_status in OVER and seen.tripped_wave is None

@@ -25,6 +25,9 @@ from models.rollout import JobProgress, JobStatus, WaveStatus
 STRAGGLERS_EVERY = timedelta(seconds=30)
 """How often earlier waves are looked at."""
 
+RETRIES_EVERY = timedelta(seconds=1)
+"""The same while devices of an earlier wave wait for their next attempt."""
+
 HINTS = Counter("tidegate_hints", "Devices told that an update waits for them.")
 HINTS_LOST = Counter("tidegate_hints_lost", "Devices that could not be told, because the broker did not answer.")
 
@@ -85,7 +88,9 @@ class Hinter:
         self._paced = _Window(PACE_WINDOW)
         self._exposed: int | None = None
         self._passes: dict[int, _Pass] = {}
-        self._stragglers_at = clock() + STRAGGLERS_EVERY.total_seconds()
+        self._retries: dict[int, tuple[float, str]] = {}
+        """The last next attempt, by wave, that its device was told of when it became due."""
+        self._looked_back_at = clock()
 
     async def tick(self, seen: JobProgress, job_no: int) -> int:
         """Send the hints that are due now. Returns how many devices were told."""
@@ -94,8 +99,9 @@ class Hinter:
         if seen.job_status is not JobStatus.RUNNING:
             return 0
         sent = await self._serve(seen, job_no, now)
-        if now >= self._stragglers_at:
-            self._stragglers_at = now + STRAGGLERS_EVERY.total_seconds()
+        every = RETRIES_EVERY if seen.retrying > seen.wave.counts.retrying else STRAGGLERS_EVERY
+        if now >= self._looked_back_at + every.total_seconds():
+            self._looked_back_at = now
             for wave in range(1, seen.wave.wave):
                 sent += await self._serve(await self._records.progress(job_no, wave), job_no, now)
         return sent
@@ -110,19 +116,46 @@ class Hinter:
         """Hints for one wave."""
         wave = seen.wave
         round_ = self._passes.setdefault(wave.wave, _Pass(exposed=seen.exposed))
-        if wave.status is not WaveStatus.OPEN or (round_.resting and now < round_.rests_until):
+        if wave.status is not WaveStatus.OPEN:
             return 0
-        wanted = hints_to_send(
+        told = await self._serve_retries(seen, job_no, now) if wave.counts.retrying else 0
+        if round_.resting and now < round_.rests_until:
+            return told
+        return told + await self._serve_fresh(seen, job_no, now, round_)
+
+    def _wanted(self, seen: JobProgress, now: float) -> int:
+        return hints_to_send(
             HintNeeds(
                 cap=seen.in_flight_cap,
                 in_flight=seen.in_flight,
                 hinted=self._hinted.sum(now),
                 admitted=self._admitted.sum(now),
-                queued=wave.counts.queued,
+                queued=seen.wave.counts.queued,
                 per_minute=seen.per_minute,
                 admitted_in_window=self._paced.sum(now),
             )
         )
+
+    def wake(self, wave: int) -> None:
+        """Devices have joined this wave: go on with the round that has ended, without a rest."""
+        if (round_ := self._passes.get(wave)) is not None:
+            round_.resting = False
+
+    async def _serve_retries(self, seen: JobProgress, job_no: int, now: float) -> int:
+        """Tell devices whose next attempt has just become due. One that is not heard is told again in a later round."""
+        wave, wanted = seen.wave.wave, self._wanted(seen, now)
+        if not wanted:
+            return 0
+        due = await self._records.take_due_retries(job_no, wave, self._retries.get(wave, (0.0, "")), wanted)
+        if due:
+            self._retries[wave] = due[-1][:2]
+            for attempt in sorted({attempt for *_, attempt in due}):
+                await self._tell([device for _, device, number in due if number == attempt], seen, attempt)
+            self._hinted.add(now, len(due))
+        return len(due)
+
+    async def _serve_fresh(self, seen: JobProgress, job_no: int, now: float, round_: _Pass) -> int:
+        wave, wanted = seen.wave, self._wanted(seen, now)
         if not wanted:
             return 0
         if round_.resting:
@@ -135,11 +168,13 @@ class Hinter:
         self._hinted.add(now, len(devices))
         return len(devices)
 
-    async def _tell(self, devices: list[str], seen: JobProgress) -> None:
+    async def _tell(self, devices: list[str], seen: JobProgress, attempt: int = 1) -> None:
         now = int(self._wall())
         opened = int(seen.wave.opened_at.timestamp()) if seen.wave.opened_at else now
         try:
-            for topic, payload in offer_notices(devices, OfferedJob(seen.job_id, queued_at=opened), now):
+            for topic, payload in offer_notices(
+                devices, OfferedJob(seen.job_id, queued_at=opened, execution_number=attempt), now
+            ):
                 await self._publisher.publish(topic, payload)
         except (UnavailableError, OSError) as error:
             # They are told again in the next round; a rollout does not fail because the broker is away.

@@ -11,6 +11,14 @@ from typing import Protocol
 
 import orjson
 
+from models.diagnostics import (
+    AskDeviceInput,
+    BootSeen,
+    EndedQuestion,
+    EndQuestionInput,
+    LookAtBootInput,
+    OpenedQuestion,
+)
 from models.identity import RotateCertificateInput
 from models.lifecycle import (
     AskForRotationInput,
@@ -45,6 +53,22 @@ class ConfigurationRecords(Protocol):
 
     async def end(self, asked: EndConfigurationInput, /) -> bool:
         """Wait no longer; whether the device runs it after all."""
+
+
+class DiagnosticRecords(Protocol):
+    """Questions to devices. Every method is one transaction and can be repeated."""
+
+    async def open(self, asked: AskDeviceInput, /) -> OpenedQuestion:
+        """Ask, and wait for the answer."""
+
+    async def message(self, request_id: str, /) -> bytes | None:
+        """The request as the device gets it; None: it is over, or somebody else sends it."""
+
+    async def end(self, asked: EndQuestionInput, /) -> EndedQuestion:
+        """Wait no longer; what became of it."""
+
+    async def look_at_boot(self, asked: LookAtBootInput, /) -> BootSeen:
+        """Whether the device has booted since it answered."""
 
 
 class RotationRecords(Protocol):
@@ -111,6 +135,13 @@ class DeviceFlows(Protocol):
 
     async def end(self, workflow_id: str, reason: str, /) -> bool:
         """End a workflow at once; False: none ran."""
+
+
+class DiagnosticFlows(Protocol):
+    """Workflows that ask devices how they are."""
+
+    async def start_diagnosis(self, asked: AskDeviceInput, /) -> bool:
+        """Start `diagnose:<device>/<request>`; False: it was asked before."""
 
 
 def command_hint(device_id: str) -> tuple[str, bytes]:

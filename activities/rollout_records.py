@@ -43,6 +43,11 @@ class RolloutRecords(Protocol):
     async def take_hints(self, job_no: int, wave: int, limit: int, /) -> Sequence[str]:
         """Devices to tell next; fewer than `limit`: the pass is over."""
 
+    async def take_due_retries(
+        self, job_no: int, wave: int, after: tuple[float, str], limit: int, /
+    ) -> Sequence[tuple[float, str, int]]:
+        """(when, device, its number) of next attempts that have become due since `after`, in their order."""
+
     async def rewind_hints(self, job_no: int, wave: int, /) -> None:
         """Begin the pass again."""
 
@@ -61,6 +66,12 @@ class RolloutRecords(Protocol):
     async def withdraw(self, job_no: int, reason: str, /) -> None:
         """Stop admission, and cancel what has not started."""
 
+    async def cancel_running(self, job_no: int, reason: str, /) -> Sequence[str]:
+        """Cancel what is in progress; the devices to tell."""
+
+    async def join(self, job_no: int, /) -> int:
+        """Take in devices that match a continuous job by now; how many."""
+
     async def withdrawn(self, job_no: int, /) -> Sequence[str]:
         """Devices to tell that their update was withdrawn."""
 
@@ -69,6 +80,9 @@ class RolloutRecords(Protocol):
 
     async def finish(self, job_no: int, outcome: Outcome, reason: str, /) -> FinishRolloutResult:
         """Close the job."""
+
+    async def failures_to_diagnose(self, job_no: int, /) -> Sequence[tuple[str, int]]:
+        """Devices to ask about their failed attempt, bounded; none that was asked before."""
 
     async def wait_for_change(self, job_no: int, timeout: float, /) -> bool:
         """Return early when a wave of the job answered, ran empty or tripped."""

@@ -7,6 +7,7 @@ everything else is an infrastructure that will answer again, and is tried until 
 
 import asyncio
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -15,13 +16,16 @@ from temporalio import activity
 from temporalio.exceptions import ApplicationError, ApplicationErrorCategory
 
 from activities.driving import WaveDriver
+from activities.examining import Examiner
 from activities.hinting import Hinter
+from activities.lifecycle import DiagnosticFlows
 from activities.notices import withdrawn_notices
 from activities.rollout_records import NoticePublisher, RolloutRecords
 from domain.verdicts import OVER, tripped_verdict
 from models.errors import ConflictError, RefusedError, UnavailableError
 from models.rollout import (
     AdjustPaceInput,
+    CancelRunningInput,
     CheckPromotableInput,
     CloseWaveInput,
     DriveHeartbeat,
@@ -47,10 +51,11 @@ log = structlog.get_logger()
 
 @dataclass
 class RolloutActivities:
-    """Collaborators: what is true of a rollout, and a way to tell devices."""
+    """Collaborators: what is true of a rollout, a way to tell devices, and, where it is given, one to ask them."""
 
     rollouts: RolloutRecords
     publisher: NoticePublisher
+    flows: DiagnosticFlows | None = None
 
     @activity.defn
     async def plan_rollout(self, asked: PlanRolloutInput) -> PlanRolloutResult:
@@ -76,7 +81,8 @@ class RolloutActivities:
     async def drive_wave(self, asked: DriveWaveInput) -> DriveWaveResult:
         """Open the wave, watch it, and record its verdict. Idempotent: it resumes from PostgreSQL (activities.driving)."""
         hinter = Hinter(self.rollouts, self.publisher)
-        return await WaveDriver(asked, self.rollouts, hinter, beat=_beat).drive()
+        examiner = Examiner(asked.job_no, self.rollouts, self.flows)
+        return await WaveDriver(asked, self.rollouts, hinter, beat=_beat, examiner=examiner).drive()
 
     @activity.defn
     async def close_wave(self, asked: CloseWaveInput) -> None:
@@ -105,6 +111,11 @@ class RolloutActivities:
         await self.rollouts.set_pace(asked.job_no, asked.pace, asked.actor)
 
     @activity.defn
+    async def cancel_running(self, asked: CancelRunningInput) -> None:
+        """Cancel devices in progress of a job that admits nobody any more, and tell them. Idempotent: what is over stays."""
+        await self._tell(asked.job_no, await self.rollouts.cancel_running(asked.job_no, asked.reason))
+
+    @activity.defn
     async def finish_rollout(self, asked: FinishRolloutInput) -> FinishRolloutResult:
         """Close the job, after a drain where one is asked for. Idempotent: each step finds what is left to do.
 
@@ -115,10 +126,13 @@ class RolloutActivities:
             await self.rollouts.withdraw(asked.job_no, asked.reason)
             await self._tell_withdrawn(asked.job_no)
             await self._drain(asked.job_no)
+        await Examiner(asked.job_no, self.rollouts, self.flows).look()
         return await self.rollouts.finish(asked.job_no, asked.outcome, asked.reason)
 
     async def _tell_withdrawn(self, job_no: int) -> None:
-        devices = await self.rollouts.withdrawn(job_no)
+        await self._tell(job_no, await self.rollouts.withdrawn(job_no))
+
+    async def _tell(self, job_no: int, devices: Sequence[str]) -> None:
         try:
             for position, device in enumerate(devices):
                 if position % BATCH_OF_NOTICES == 0:

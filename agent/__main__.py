@@ -23,6 +23,7 @@ from agent.bootloader import Boot, BootLoader
 from agent.client import Broker, Patience
 from agent.commands import Enrolled
 from agent.credentials import Credentials, Standing
+from agent.custom import Program
 from agent.device import Device, DeviceConfig, Reset, Timing
 from agent.download import DownloadPolicy
 from agent.enrolment import Claim, EnrolmentPatience, EnrolmentServer, enrol_for_good
@@ -90,7 +91,8 @@ async def _run(arguments: argparse.Namespace, storage: PosixStorage, boot: Boot,
             thing = await _enrol(arguments, enrolled)
         config = _config(arguments, thing)
         async with httpx.AsyncClient(timeout=config.download.window_seconds) as http:
-            return await Device(config, storage, http=http, hang=_hang, enrolled=enrolled).run_boot(boot)
+            device = Device(config, storage, http=http, hang=_hang, enrolled=enrolled, custom=_custom(arguments))
+            return await device.run_boot(boot)
 
     life = loop.create_task(live())
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -102,6 +104,13 @@ async def _run(arguments: argparse.Namespace, storage: PosixStorage, boot: Boot,
     finally:
         watchdog.cancel()
         signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+def _custom(arguments: argparse.Namespace) -> Program | None:
+    """What does custom tasks of fleet jobs; None: they are rejected."""
+    if arguments.custom_command is None:
+        return None
+    return Program(arguments.custom_command.absolute(), arguments.custom_within)
 
 
 def _enrolled(arguments: argparse.Namespace, storage: PosixStorage) -> Enrolled | None:
@@ -201,6 +210,13 @@ def _parser() -> argparse.ArgumentParser:
     who.add_argument("--state", required=True, type=Path, metavar="DIR", help="its flash: slots, records, downloads")
     who.add_argument("--base", type=Path, metavar="IMAGE", help="first image, used when DIR holds no device yet")
     who.add_argument("--base-version", default="0.0.0", metavar="VERSION", help="version of --base (0.0.0)")
+    who.add_argument(
+        "--custom-command",
+        type=Path,
+        metavar="PROGRAM",
+        help="does what custom jobs say, with the signed document on standard input; exit status 0 is success. Started "
+        "directly, never through a shell. Without it custom jobs are rejected",
+    )
     trust = parser.add_argument_group("whom it trusts (repeat for more than one)")
     for role, what in (("release", "what may run"), ("order", "which device, which job, until when")):
         trust.add_argument(
@@ -228,6 +244,7 @@ def _parser() -> argparse.ArgumentParser:
         ("answer-within", 10.0, "waits so long for an answer"),
         ("confirm-within", 300.0, "for each try of a new image to reach the gateway"),
         ("refused", 900.0, "asks again after its enrolment was refused"),
+        ("custom-within", 300.0, "for --custom-command, which is killed after that"),
         ("watchdog", 30.0, "until a hanging image is reset"),
         ("download-window", 60.0, "over which a download must keep its least average rate"),
     ):

@@ -25,13 +25,16 @@ import orjson
 from agent.credentials import Credentials, Pair
 from agent.errors import CredentialError, RejectedError, UnansweredError
 from agent.jobs import Answer, Execution, Refusal, judge_rejection, parse_execution, update_request
+from agent.logbook import LogBook
 from agent.trust import Trust
 from models.errors import InvalidInputError
 from models.protocol import (
+    MAX_REQUEST_BYTES,
     ExecutionState,
     Step,
     command_topic,
     config_topic,
+    diagnostics_topic,
     heartbeat_topic,
     jobs_topic,
     shadow_topic,
@@ -86,6 +89,8 @@ class Patience:
 
 MOST_COMMANDS = 8
 """Command messages that wait to be looked at; what is dropped comes again when it is asked for."""
+MOST_QUESTIONS = 8
+"""The same for diagnostic requests; whoever asks repeats."""
 
 
 class Passports:
@@ -136,8 +141,9 @@ class JobsClient:
     """One device's session with the gateway. `run` keeps it connected until it is cancelled.
 
     Events for whoever waits: `hint` (ask for a job), `config_hint` (ask for the configuration), `shadow_hint` (ask for
-    the shadow), `command_hint` (ask for a command); all of them are set with every connection, for what was published meanwhile is lost. `commands` holds what
-    came on `commands/request`.
+    the shadow), `command_hint` (ask for a command); all of them are set with every connection, for what was published
+    meanwhile is lost. `commands` holds what came on `commands/request`, `questions` what came on `diagnostics/request`.
+    `log` notes what the session goes through.
     """
 
     def __init__(
@@ -147,6 +153,7 @@ class JobsClient:
         patience: Patience | None = None,
         rng: random.Random | None = None,
         passports: Passports | None = None,
+        log: LogBook | None = None,
     ):
         self.thing = thing
         self.hint = asyncio.Event()
@@ -154,6 +161,8 @@ class JobsClient:
         self.shadow_hint = asyncio.Event()
         self.command_hint = asyncio.Event()
         self.commands: asyncio.Queue[dict[str, Any]] = asyncio.Queue(MOST_COMMANDS)
+        self.questions: asyncio.Queue[dict[str, Any]] = asyncio.Queue(MOST_QUESTIONS)
+        self.log = log or LogBook()
         self.connected = asyncio.Event()
         self._passports = passports
         self._receiving: asyncio.Task[None] | None = None
@@ -179,9 +188,10 @@ class JobsClient:
                     self._came()
                     if await self._receive(client):
                         continue
-            except (aiomqtt.MqttError, OSError, UnansweredError, CredentialError):
+            except (aiomqtt.MqttError, OSError, UnansweredError, CredentialError) as error:
                 _heed_cancellation()
                 self.errors += 1
+                self.log.note(f"no connection: {error}")
                 if self._passports is not None:
                     self._passports.failed()
             finally:
@@ -199,6 +209,7 @@ class JobsClient:
     def _came(self) -> None:
         if self._passports is not None:
             self._passports.worked()
+        self.log.note(f"connected to {self._broker.host}:{self._broker.port}")
         self.connected.set()
         for hint in (self.hint, self.config_hint, self.shadow_hint, self.command_hint):
             hint.set()  # whatever was published meanwhile is lost: ask
@@ -221,9 +232,12 @@ class JobsClient:
         receiving.result()
         return False
 
-    async def start_next(self) -> Execution | None:
-        """Ask for work: the execution in progress, else the next one. Raises UnansweredError, RejectedError."""
-        return parse_execution(await self.request("start-next", body={}))
+    async def start_next(self, **details: str) -> Execution | None:
+        """Ask for work: the execution in progress, else the next one. Raises UnansweredError, RejectedError.
+
+        `details` are kept with an execution that starts: `bootId` is what a restart has to change.
+        """
+        return parse_execution(await self.request("start-next", body={"statusDetails": details} if details else {}))
 
     async def request(self, *parts: str, body: Mapping[str, Any]) -> dict[str, Any]:
         """Send a jobs request, and give its accepted answer. Raises as `ask` does."""
@@ -304,15 +318,18 @@ class JobsClient:
         filters += [shadow_topic(self.thing, "", verb, kind) for verb in ("get", "update") for kind in _ANSWERS]
         filters += [shadow_topic(self.thing, "", "update", "delta")]
         filters += [command_topic(self.thing, part) for part in ("request", "notify")]
+        filters += [diagnostics_topic(self.thing, "request")]
         granted = await client.subscribe([(name, 0) for name in filters])
         refused = [name for name, code in zip(filters, granted, strict=True) if _code(code) >= _SUBACK_FAILURE]
         if refused:
             raise UnansweredError(f"the broker refused to subscribe {self.thing} to {', '.join(refused)}")
 
     def _take(self, message: aiomqtt.Message) -> None:
-        topic = str(message.topic)
+        topic, payload = str(message.topic), message.payload
+        if topic == diagnostics_topic(self.thing, "request") and len(payload or b"") > MAX_REQUEST_BYTES:
+            return
         try:
-            body = orjson.loads(message.payload if isinstance(message.payload, bytes) else b"")
+            body = orjson.loads(payload if isinstance(payload, bytes) else b"")
         except orjson.JSONDecodeError:
             return
         if topic.endswith("/notify-next"):
@@ -349,6 +366,10 @@ class JobsClient:
             if isinstance(body, dict):
                 with contextlib.suppress(asyncio.QueueFull):
                     self.commands.put_nowait(body)
+        elif topic == diagnostics_topic(self.thing, "request"):
+            if isinstance(body, dict):
+                with contextlib.suppress(asyncio.QueueFull):
+                    self.questions.put_nowait(body)
         else:
             return False
         return True
@@ -407,6 +428,8 @@ class MqttReports:
     async def _try(self, status: ExecutionState, details: Mapping[str, str]) -> Refusal | None:
         """One request; None when it was accepted."""
         body = update_request(status, details, self._version, self._execution.attempt)
+        said = ", ".join(f"{key} {value}" for key, value in details.items())
+        self._client.log.note(f"job {self._execution.job_id}: {status} {said}")
         try:
             await self._client.request(self._execution.job_id, "update", body=body)
         except UnansweredError:

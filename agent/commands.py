@@ -12,7 +12,6 @@ The answer to a wipe goes out before the credentials go, for it needs them. The 
 
 import asyncio
 import contextlib
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -151,7 +150,7 @@ class Commander:
                 failures = 0 if settled else failures + 1
                 seconds = self._rhythm.retry_seconds if found else self._pause(failures)
             except (RequestError, EnrolmentError, CredentialError, OSError) as error:
-                _say(self._client.thing, error)
+                self._client.log.say(self._client.thing, str(error))
                 failures += 1
                 seconds = self._pause(failures)
             with contextlib.suppress(TimeoutError):
@@ -177,9 +176,9 @@ class Commander:
             await self._learn()
             await self._renew()
         except RotationError as error:
-            _say(self._client.thing, error)
+            self._client.log.say(self._client.thing, str(error))
         except (EnrolmentError, CredentialError) as error:
-            _say(self._client.thing, error)
+            self._client.log.say(self._client.thing, str(error))
             return False
         return True
 
@@ -275,7 +274,3 @@ class Commander:
                     if await fare:
                         return True
         return False
-
-
-def _say(thing: str, error: Exception) -> None:
-    print(f"{thing}: {error}", file=sys.stderr, flush=True)

@@ -88,6 +88,7 @@ class Configurator:
         self._poll_seconds = poll_seconds
         self._retry_seconds = retry_seconds
         self._has_reported = False
+        self._one_at_a_time = asyncio.Lock()
 
     async def run(self) -> None:
         """With every connection and every hint; and again after a while, when nobody answered."""
@@ -107,6 +108,10 @@ class Configurator:
 
     async def once(self) -> None:
         """Ask, apply, report. Raises RequestError, OSError."""
+        async with self._one_at_a_time:
+            await self._once()
+
+    async def _once(self) -> None:
         thing = self._client.thing
         try:
             answer = await self._client.ask(config_topic(thing, "get"), {})

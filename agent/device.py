@@ -24,12 +24,17 @@ from agent.bootloader import Boot, BootLoader
 from agent.client import Broker, JobsClient, MqttReports, Passports, Patience
 from agent.commands import Commander, Enrolled, Rhythm
 from agent.configuration import ConfigurationStore, Configurator
+from agent.diagnoser import Diagnoser
+from agent.diagnostics import Diagnostics, LinuxSurroundings
 from agent.download import Downloader, DownloadPolicy
 from agent.errors import RejectedError, UnansweredError
 from agent.image import Behaviour, behaviour_of, version_in
+from agent.logbook import LogBook
+from agent.reboot import RebootGuard
 from agent.shadow import ShadowKeeper
 from agent.slots import Slots
 from agent.storage import Storage
+from agent.tasks import Abilities, Custom, Tasker, next_leg
 from agent.updater import Identity, Leg, Updater
 from agent.vitals import Read, modelled
 
@@ -82,7 +87,10 @@ async def _sleep(seconds: float) -> None:
 
 
 class Device:
-    """A device with its storage. `behave` decides what an image does when it runs; `online` is set once it has connected."""
+    """A device with its storage. `behave` decides what an image does when it runs; `online` is set once it has connected.
+
+    `custom` does what custom tasks of fleet jobs say; without it they are rejected.
+    """
 
     def __init__(
         self,
@@ -97,6 +105,7 @@ class Device:
         watch: Watch | None = None,
         enrolled: Enrolled | None = None,
         online: asyncio.Event | None = None,
+        custom: Custom | None = None,
     ) -> None:
         self._config = config
         self._storage = storage
@@ -107,7 +116,9 @@ class Device:
         self._rng = rng or random.Random()
         self._watch = watch
         self._enrolled = enrolled
+        self._custom = custom
         self.online = online or asyncio.Event()
+        self.log = LogBook(clock)
         self._configuration = ConfigurationStore(storage)
         self._boot_id = secrets.token_hex(8)
         self._started = time.monotonic()
@@ -124,6 +135,7 @@ class Device:
         self._configuration = ConfigurationStore(self._storage)
         if self._watch is not None:
             self._watch(boot)
+        self._note_boot(boot)
         image = Slots(self._storage).image(boot.slot)
         match behaviour := self._behave(boot, image):
             case Behaviour.CRASH:
@@ -140,14 +152,17 @@ class Device:
         thing, passports = self._config.identity.device_id, None
         if self._enrolled is not None:
             passports = Passports(self._enrolled.credentials, self._enrolled.trust)
-        client = JobsClient(thing, self._config.broker, self._config.patience, self._rng, passports)
+        client = JobsClient(thing, self._config.broker, self._config.patience, self._rng, passports, self.log)
 
         async def self_test() -> str | None:
             return _self_test(boot, image, behaviour)
 
         downloader = Downloader(self._storage, self._http, self._config.download)
         updater = Updater(self._config.identity, boot, self._storage, downloader, self._clock, self_test)
+        configurator, diagnoser = self._configurator(client), self._diagnoser(client, updater)
+        tasker = self._tasker(client, configurator, diagnoser)
         wiping: asyncio.Task[None] | None = None
+        rebooting: asyncio.Task[None] | None = None
         async with asyncio.TaskGroup() as tasks:
             helpers, ends = [], []
             if behaviour is not Behaviour.NO_NETWORK:
@@ -155,31 +170,53 @@ class Device:
                     client.run(),
                     self._beat(client, boot),
                     self._announce(client),
-                    self._configurator(client).run(),
+                    configurator.run(),
                     ShadowKeeper(client, self._config.timing.poll_seconds, self._config.timing.retry_seconds).run(),
                 )
                 helpers = [tasks.create_task(part) for part in parts]
+                rebooting = tasks.create_task(diagnoser.run())
+                ends.append(rebooting)
                 if passports is not None:
                     wiping = tasks.create_task(self._commander(client, passports).run())
                     ends.append(wiping)
-            work = tasks.create_task(self._work(updater, client))
+            work = tasks.create_task(self._work(updater, tasker, client))
             ends.append(work)
             if boot.trial:
                 helpers.append(tasks.create_task(self._guard(updater, work)))
             try:
                 await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
-                wiped = wiping is not None and wiping.done() and not wiping.cancelled()
+                wiped, ordered = _has_ended(wiping), _has_ended(rebooting)
             finally:
                 for helper in [*helpers, *ends]:
                     helper.cancel()
         if wiped and self._enrolled is not None:
             self._enrolled.credentials.wipe()
             return Reset.WIPED
-        return Reset.UNCONFIRMED if work.cancelled() else Reset.REQUESTED
+        return Reset.UNCONFIRMED if work.cancelled() and not ordered else Reset.REQUESTED
 
     def _configurator(self, client: JobsClient) -> Configurator:
         timing = self._config.timing
         return Configurator(client, self._configuration, timing.poll_seconds, timing.retry_seconds)
+
+    def _diagnoser(self, client: JobsClient, updater: Updater) -> Diagnoser:
+        identity, store = self._config.identity, self._configuration
+        surroundings = LinuxSurroundings(lambda: self._storage.path(""), self._uptime, lambda: client.errors)
+
+        def busy() -> str | None:
+            return "a new image is on trial" if updater.on_trial else None
+
+        guard = RebootGuard(self._storage, identity.keys, identity.device_id, self._clock, busy)
+        return Diagnoser(client, Diagnostics(surroundings, self.log, lambda: store.current, self._clock), guard)
+
+    def _uptime(self) -> float:
+        return time.monotonic() - self._started
+
+    def _note_boot(self, boot: Boot) -> None:
+        trial = ", on trial" if boot.trial else ""
+        self.log.note(f"boot {self._boot_id}: slot {boot.slot} runs {boot.version} ({boot.sha256[:16]}){trial}")
+        fallback = Slots(self._storage).load().fallback
+        if fallback is not None:
+            self.log.note(f"fell back to this image: {fallback.reason}")
 
     def _commander(self, client: JobsClient, passports: Passports) -> Commander:
         assert self._enrolled is not None
@@ -193,16 +230,27 @@ class Device:
             self._clock,
         )
 
-    async def _work(self, updater: Updater, client: JobsClient) -> None:
+    def _tasker(self, client: JobsClient, configurator: Configurator, diagnoser: Diagnoser) -> Tasker:
+        identity = self._config.identity
+
+        async def sync_config() -> int:
+            await configurator.once()
+            return self._configuration.current.version
+
+        abilities = Abilities(sync_config, diagnoser.respond, self._custom)
+        return Tasker(identity.device_id, identity.keys, self._storage, self._boot_id, abilities, self._clock)
+
+    async def _work(self, updater: Updater, tasker: Tasker, client: JobsClient) -> None:
         """Ask for work and do it; returns when the device is to reboot."""
         timing, fruitless = self._config.timing, 0
         while True:
             client.hint.clear()
             found = False
             try:
-                execution = await client.start_next()
+                execution = await client.start_next(bootId=self._boot_id)
                 found = execution is not None
-                leg = await updater.handle(execution, MqttReports(client, execution) if execution else None)
+                reports = MqttReports(client, execution) if execution else None
+                leg = await next_leg(updater, tasker, execution, reports)
             except (UnansweredError, RejectedError, OSError):
                 leg = Leg.WAIT
             if leg is Leg.REBOOT:
@@ -247,13 +295,18 @@ class Device:
         return {
             "deviceId": self._config.identity.device_id,
             "timestamp": int(self._clock() * 1000),
-            "uptime": int(time.monotonic() - self._started),
+            "uptime": int(self._uptime()),
             **self._config.vitals(self._rng),
             "firmwareVersion": boot.version,
             "errorCount": client.errors,
             "firmwareSha256": boot.sha256,
             "bootId": self._boot_id,
         }
+
+
+def _has_ended(task: "asyncio.Task[None] | None") -> bool:
+    """By itself, that is."""
+    return task is not None and task.done() and not task.cancelled()
 
 
 def _self_test(boot: Boot, image: bytes, behaviour: Behaviour) -> str | None:

@@ -11,6 +11,7 @@ TidegateError (models.errors)
 │   └── EnrolmentAwayError   it did not answer, or has no answer yet
 ├── RotationError            ended with the old certificate
 ├── CommandError             a command that is not carried out
+├── TaskError                `.failure_class`: a fleet job's task that has failed
 ├── UpdateError              `.failure_class`, reported to the gateway
 │   ├── DownloadError        network    the bytes did not come
 │   │   └── TooSlowError     network    they came more slowly than anyone should wait for
@@ -72,6 +73,14 @@ class RotationError(TidegateError):
 
 class CommandError(TidegateError):
     """A command that this device does not carry out: unreadable, unsigned, for another device, or over."""
+
+
+class TaskError(TidegateError):
+    """A task that has failed on this device."""
+
+    def __init__(self, failure_class: FailureClass, reason: str) -> None:
+        self.failure_class = failure_class
+        super().__init__(reason)
 
 
 class UpdateError(TidegateError):

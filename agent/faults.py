@@ -1,7 +1,8 @@
 """What goes wrong on which device: shares in, one fate per (seed, device, version) out, the same in every run.
 
 A rule is a text: `crash=2%,fail=1%` for every version, `version=1.3.0-rc1,crash=70%,no-confirm=30%` for one. The first
-rule whose version is the update's decides; without one, the first rule that names no version.
+rule whose version is the update's decides; without one, the first rule that names no version. For a fleet job that is no
+firmware its job id stands in place of a version, and every attempt is drawn anew.
 
 >>> plan = FaultPlan(7, (FaultRule.parse("version=1.3.0-rc1,crash=100%"), FaultRule.parse("fail=0%")))
 >>> plan.fate("motor-1", "1.3.0-rc1"), plan.fate("motor-1", "1.3.0")
@@ -84,7 +85,7 @@ class FaultPlan:
     late: Fraction = Fraction(0)
 
     def fate(self, device_id: str, version: str) -> Fate:
-        """What this device meets with this version."""
+        """What this device meets with this version, or with this attempt of a fleet job (`<job id>:<attempt>`)."""
         rule = self._rule(version)
         if rule is None:
             return Fate.HEALTHY
@@ -104,5 +105,6 @@ class FaultPlan:
         return chance(self.seed, device_id, "late") < self.late
 
     def _rule(self, version: str) -> FaultRule | None:
-        named = next((rule for rule in self.rules if rule.version == version), None)
+        what = version.partition(":")[0]  # no version has a colon: of `<job id>:<attempt>` the job
+        named = next((rule for rule in self.rules if rule.version == what), None)
         return named or next((rule for rule in self.rules if rule.version is None), None)

@@ -26,6 +26,7 @@ from pathlib import Path
 import uvloop
 
 from agent.client import Broker, Patience
+from agent.custom import Program
 from agent.device import Timing
 from agent.enrolment import Claim, EnrolmentPatience, EnrolmentServer
 from agent.faults import FaultPlan, FaultRule, share
@@ -168,6 +169,7 @@ def _config(arguments: argparse.Namespace) -> FleetConfig:
         ready_file=arguments.ready_file,
         report_file=arguments.report,
         enrolment=_enrolment(arguments),
+        custom=Program(arguments.custom_command.absolute()) if arguments.custom_command else None,
     )
 
 
@@ -204,6 +206,9 @@ def _parser() -> argparse.ArgumentParser:
         "--release-key", required=True, type=Path, action="append", metavar="PEM", help="public, repeatable"
     )
     who.add_argument("--order-key", required=True, type=Path, action="append", metavar="PEM", help="public, repeatable")
+    who.add_argument(
+        "--custom-command", type=Path, metavar="PROGRAM", help="does what custom jobs say, on real devices (rejected)"
+    )
     where = parser.add_argument_group("the broker")
     where.add_argument("--mqtt", default="mqtt://127.0.0.1:1883", metavar="URL", help="mqtt:// or mqtts://host:port")
     where.add_argument("--ca", type=Path, metavar="PEM", help="CA of an mqtts broker and of the enrolment server")

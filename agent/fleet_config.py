@@ -9,6 +9,7 @@ from agent.client import Broker, Patience
 from agent.device import Timing
 from agent.enrolment import Claim, EnrolmentServer
 from agent.faults import FaultPlan
+from agent.tasks import Custom
 from firmware.keys import TrustedKeys
 from models.errors import InvalidInputError
 
@@ -42,6 +43,7 @@ class FleetConfig:
     """A fleet. `state_dir` and `base` are needed in real mode; in simulate mode `base_sha256` stands for the image.
 
     `connections`: in simulate mode, how many MQTT connections the devices share; None gives each its own.
+    `custom` does what custom tasks of fleet jobs say, in real mode; without it they are rejected.
     `ready_file` is written once every device that is not late has connected and subscribed, `report_file` at the end.
     """
 
@@ -64,6 +66,7 @@ class FleetConfig:
     ready_file: Path | None = None
     report_file: Path | None = None
     enrolment: FleetEnrolment | None = None
+    custom: Custom | None = None
 
 
 @dataclass(frozen=True, slots=True)

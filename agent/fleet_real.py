@@ -9,7 +9,7 @@ import random
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +22,18 @@ from agent.credentials import Credentials
 from agent.device import Device, DeviceConfig
 from agent.download import DownloadPolicy
 from agent.enrolment import enrol_for_good
-from agent.errors import BrickedError, CredentialError, WipedError
+from agent.errors import BrickedError, CredentialError, TaskError, WipedError
 from agent.faults import Fate, FaultPlan, chance
 from agent.fleet_config import DeviceReport, FleetConfig, FleetDevice
 from agent.image import Behaviour, behaviour_of
 from agent.slots import Slots
 from agent.state import StateStore
 from agent.storage import PosixStorage
+from agent.tasks import Custom, TaskStore
 from agent.trust import Trust
 from agent.updater import Identity
+from firmware.task import Task
+from models.protocol import FailureClass
 
 
 class FaultyStorage(PosixStorage):
@@ -112,7 +115,11 @@ class RealFleet:
             slot=record.active,
             boots=self._boots[entry.device_id],
             installs=record.writes,
-            outcomes={job: ended.status for job, ended in StateStore(storage).state.finished.items()},
+            outcomes={
+                job: ended.status
+                for store in (StateStore(storage), TaskStore(storage))
+                for job, ended in store.state.finished.items()
+            },
             bricked=entry.device_id in self._bricked,
             wiped=entry.device_id in self._wiped,
         )
@@ -195,8 +202,27 @@ class RealFleet:
         )
         rng = random.Random(f"{faults.seed}/{entry.device_id}")
         return Device(
-            settings, storage, http=http, behave=behave, rng=rng, watch=watch, enrolled=enrolled, online=online
+            settings,
+            storage,
+            http=http,
+            behave=behave,
+            rng=rng,
+            watch=watch,
+            enrolled=enrolled,
+            online=online,
+            custom=_faulty(config.custom, faults) if config.custom else None,
         )
+
+
+def _faulty(custom: Custom, faults: FaultPlan) -> Custom:
+    """A custom operation that fails where it is fated to; no other task has a part that could."""
+
+    async def carry_out(task: Task) -> Mapping[str, str]:
+        if faults.fate(task.device_id, task.key) is Fate.FAIL:
+            raise TaskError(FailureClass.INTERNAL, "custom has failed (simulated fault)")
+        return await custom(task)
+
+    return carry_out
 
 
 async def _announce(online: Sequence[Coroutine[Any, Any, bool]], ready: Callable[[], None]) -> None:

@@ -156,7 +156,8 @@ class _Session:
             self._wire.close()
 
     def _receive(self, topic: str, payload: memoryview) -> None:
-        device = self.devices.get(topic.split("/", 3)[2])
+        parts = topic.split("/", 3)
+        device = self.devices.get(parts[1] if parts[0] == "devices" else parts[2])
         if device is not None:
             device.receive(topic, payload)
 

@@ -1,7 +1,8 @@
 """Devices for benchmarks: the agent's protocol, its verification, its slots and boot loader, and no bytes behind them.
 
 Each device asks, has both envelopes verified by firmware.verify exactly as the agent does, reports installing,
-confirming and its result, and waits for every answer. Slots are the agent's own, with hashes instead of contents;
+confirming and its result, and waits for every answer. Tasks of fleet jobs are verified by firmware.task; what they order is
+modelled: a restart counts a boot, a config-sync says the version that the order names, a custom task does nothing. Slots are the agent's own, with hashes instead of contents;
 nothing is downloaded and nothing is written. A reboot goes through the boot loader but keeps the MQTT connection.
 
 There is one callback per message and one sweep per second for all devices, no task per device.
@@ -18,14 +19,18 @@ from typing import Any
 import orjson
 
 from agent.bootloader import Boot, BootLoader
+from agent.configuration import Configuration
+from agent.diagnostics import Diagnostics
 from agent.faults import Fate
 from agent.jobs import Execution, failure_details, parse_execution, update_request
+from agent.logbook import LogBook
 from agent.slots import BootRecord, Slot, Slots, SlotState
 from firmware.errors import FirmwareError
 from firmware.keys import TrustedKeys
-from firmware.manifest import attempt_key
+from firmware.manifest import FIRMWARE_UPDATE, attempt_key
+from firmware.task import Task, verify_task
 from firmware.verify import DeviceFacts, verify_update
-from models.protocol import ErrorCode, ExecutionState, FailureClass, Step, jobs_topic
+from models.protocol import ErrorCode, ExecutionState, FailureClass, JobOperation, Step, diagnostics_topic, jobs_topic
 
 Publish = Callable[[str, bytes], None]
 
@@ -66,6 +71,7 @@ class Stage(StrEnum):
     ASKED = "asked"
     INSTALLING = "installing"
     CONFIRMING = "confirming"
+    RESTARTING = "restarting"
     REPORTING = "reporting"
     HUSHED = "hushed"
 
@@ -75,7 +81,7 @@ class SimulatedDevice:
 
     __slots__ = (
         "_body", "_count", "_execution", "_fate", "_fruitless", "_hardware", "_hinted", "_key", "_keys", "_parts", "_publish",
-        "_rhythm", "_slots", "_version", "_wanted", "boots", "device_id", "due", "finished", "installs", "outcomes", "stage",
+        "_rhythm", "_slots", "_started", "_version", "_wanted", "boots", "device_id", "due", "finished", "installs", "outcomes", "stage",
     )  # fmt: skip
 
     def __init__(
@@ -104,6 +110,7 @@ class SimulatedDevice:
         self._count = 0
         self._parts: tuple[str, ...] = ()
         self._body: dict[str, Any] = {}
+        self._started = time.monotonic()
         self.stage = Stage.IDLE
         self.due: float | None = None
         self.boots = 1
@@ -135,6 +142,9 @@ class SimulatedDevice:
 
     def receive(self, topic: str, payload: memoryview) -> None:
         """A message for this device."""
+        if topic.endswith("/diagnostics/request"):
+            self._diagnose(payload)
+            return
         if topic.endswith("/notify-next"):
             if b'"execution"' in bytes(payload):
                 self._fruitless, self._hinted = 0, self.stage is not Stage.IDLE
@@ -151,6 +161,34 @@ class SimulatedDevice:
         else:
             self._accepted()
 
+    def _diagnose(self, payload: memoryview) -> None:
+        """Modelled figures, and the outcomes as its log; no reboot, for there is nothing to boot."""
+        try:
+            asked = orjson.loads(payload)
+        except orjson.JSONDecodeError:
+            return
+        if isinstance(asked, dict):
+            self._answer_question(asked)
+
+    def _answer_question(self, asked: dict[str, Any]) -> None:
+        log = LogBook()
+        for job_id, status in self.outcomes.items():
+            log.note(f"job {job_id}: {status or 'ended by the server'}")
+        answer = Diagnostics(self, log, Configuration).answer(str(asked.get("type")), asked)
+        body = {"requestId": asked.get("requestId"), **answer}
+        self._publish(diagnostics_topic(self.device_id, "response"), orjson.dumps(body))
+
+    def system_info(self) -> dict[str, Any]:
+        """See agent.diagnostics.Surroundings."""
+        return {
+            "uptime": int(time.monotonic() - self._started),
+            "freeMemory": 64 * 2**20,
+            "totalMemory": 256 * 2**20,
+            "cpuTemperature": 45.0,
+            "diskUsage": {"total": 2**30, "used": 2**28, "free": 3 * 2**28},
+            "networkStatus": {"connected": True, "connectionErrors": 0, "interfaces": []},
+        }
+
     def _answered(self, body: dict[str, Any]) -> None:
         execution = parse_execution(body)
         if execution is None:
@@ -162,6 +200,9 @@ class SimulatedDevice:
             return
         self._fruitless = 0
         self._execution, self._version = execution, execution.version_number
+        if execution.document.get("operation") != FIRMWARE_UPDATE:
+            self._task(execution)
+            return
         facts = DeviceFacts(
             device_id=self.device_id,
             hardware=self._hardware,
@@ -187,12 +228,56 @@ class SimulatedDevice:
             return
         self._report(Stage.INSTALLING, {"step": Step.INSTALLING, "via": "delta" if verified.deltas else "full"})
 
+    def _task(self, execution: Execution) -> None:
+        """An order of a fleet job that is no firmware."""
+        order, now = execution.document.get("order"), int(time.time())
+        try:
+            verified = verify_task(
+                order if isinstance(order, dict) else {},
+                self._keys,
+                self.device_id,
+                self.finished,
+                now,
+                job_id=execution.job_id,
+                attempt=execution.attempt,
+            )
+        except FirmwareError as error:
+            details = failure_details(error.failure_class, str(error))
+            self._report(Stage.REPORTING, details, ExecutionState.FAILED)
+            return
+        task = verified.task
+        fate = self._fate(self.device_id, task.key)
+        if fate is Fate.SILENT:
+            self.stage = Stage.HUSHED
+        elif fate is not Fate.HEALTHY:
+            details = failure_details(_FAILED_TASK[fate], f"{task.operation} has failed (simulated fault {fate})")
+            self._report(Stage.REPORTING, details, ExecutionState.FAILED)
+        elif verified.operation is JobOperation.RESTART:
+            self._report(Stage.RESTARTING, {"step": Step.REBOOTING})
+        else:
+            self._report(Stage.REPORTING, self._carried_out(task), ExecutionState.SUCCEEDED)
+
+    def _carried_out(self, task: Task) -> dict[str, str]:
+        """What a task has brought about, as details of its report."""
+        match task.operation:
+            case JobOperation.CONFIG_SYNC:
+                return {"configVersion": str(task.payload.get("configVersion", 0))}
+            case JobOperation.DIAGNOSTIC:
+                requests = task.payload.get("requests", [])
+                for request in requests:
+                    self._answer_question(request)
+                return {"answered": str(len(requests))}
+        return {}
+
     def _accepted(self) -> None:
         if self.stage is Stage.INSTALLING:
             self._installed()
         elif self.stage is Stage.CONFIRMING:
             self._slots.confirm()
             self._finish(ExecutionState.SUCCEEDED, {})
+        elif self.stage is Stage.RESTARTING:
+            self.boots += 1
+            self._report(Stage.REPORTING, {"bootId": f"{self.boots:016x}"}, ExecutionState.SUCCEEDED)
         else:
             self._end(self._body["status"])
 
@@ -274,12 +359,21 @@ class SimulatedDevice:
         self._publish(jobs_topic(self.device_id, *parts), orjson.dumps(body))
 
 
+_FAILED_TASK = {
+    Fate.FAIL: FailureClass.INTERNAL,
+    Fate.CRASH: FailureClass.POWER,
+    Fate.NO_CONFIRM: FailureClass.NETWORK,
+}
+"""How a task fails on a simulated device."""
+
+
 def filters_of(device_id: str) -> list[str]:
     """What a simulated device subscribes to: answers and hints, none of its own requests."""
     return [
         jobs_topic(device_id, "notify-next"),
         jobs_topic(device_id, "start-next", "+"),
         jobs_topic(device_id, "+", "update", "+"),
+        diagnostics_topic(device_id, "request"),
     ]
 
 

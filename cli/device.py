@@ -227,13 +227,14 @@ def filter_of(
     version: list[str],
     id_: list[str],
     inactive: str | None,
+    doing: str = "list devices",
 ) -> DeviceFilter:
-    """The options of `device list` as a filter; raises SpecError naming each option that is wrong."""
+    """The options of `device list`, and of others, as a filter; raises SpecError naming each option that is wrong."""
     tags: dict[str, str] = {}
     for written in tag:
         key, condition = tag_of(written)
         if key in tags:
-            raise InvalidInputError(f"cannot list devices: --tag {printable(key)} is given twice, expected once")
+            raise InvalidInputError(f"cannot {doing}: --tag {printable(key)} is given twice, expected once")
         tags[key] = condition
     try:
         minutes = None if inactive is None else max(1, -(-int(parse_duration(inactive).total_seconds()) // 60))
@@ -249,7 +250,7 @@ def filter_of(
     except ValidationError as error:
         raise SpecError("options", [Mistake(path_of(f.where), f.message) for f in faults_of(error)]) from error
     except (ValueError, OverflowError) as error:
-        raise InvalidInputError(f"cannot list devices: --inactive: {error}") from error
+        raise InvalidInputError(f"cannot {doing}: --inactive: {error}") from error
 
 
 def tag_of(written: str) -> tuple[str, str]:

@@ -9,7 +9,7 @@ from models.protocol import ExecutionState, FailureClass
 from models.rollout import JobStatus, Phase, WaveProgress, WaveStatus
 from models.views import ExecutionView, RolloutView
 
-_FAILURES = {
+FAILURES = {
     FailureClass.NETWORK: "it could not download the image",
     FailureClass.VERIFY: "a signature, hash, size or date of what it was given did not hold",
     FailureClass.FLASH: "it could not write the image",
@@ -73,7 +73,7 @@ def _why_failed(execution: ExecutionView) -> str:
     said = f": {execution.reason}" if execution.reason else ""
     if execution.failure_class is None:
         return f"it ended {execution.state}{said}"
-    return f"{_FAILURES[execution.failure_class]} ({execution.failure_class}){said}"
+    return f"{FAILURES[execution.failure_class]} ({execution.failure_class}){said}"
 
 
 def why_not_in(device: DeviceRecord, rollout: RolloutView, now: datetime) -> str:

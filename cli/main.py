@@ -9,7 +9,22 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from cli import alert, audit, broker, ca, claim, enrolment, health, lifecycle, release, rollout, rotation, shadow
+from cli import (
+    alert,
+    audit,
+    broker,
+    ca,
+    claim,
+    diagnose,
+    enrolment,
+    health,
+    job,
+    lifecycle,
+    release,
+    rollout,
+    rotation,
+    shadow,
+)
 from cli.command import DebugOption, JsonOption, Session, Shared, StateOption, command, guarded
 from cli.output import EXIT_HELP, ExitStatus
 from cli.up import up
@@ -82,10 +97,12 @@ app.add_typer(claim.app, name="claim")
 app.add_typer(enrolment.app, name="enrolment")
 app.add_typer(release.app, name="release")
 app.add_typer(rollout.app, name="rollout")
+app.add_typer(job.app, name="job")
 app.add_typer(rotation.app, name="rotation")
 app.add_typer(shadow.app, name="shadow")
 app.add_typer(alert.app, name="alert")
 command(app, "audit")(audit.show_audit)
+command(app, "diagnose")(diagnose.diagnose)
 
 
 def main() -> NoReturn:

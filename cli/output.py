@@ -37,7 +37,8 @@ WIDE = 160
 
 
 class ExitStatus(IntEnum):
-    """What a command's exit status says. A rollout's outcome decides for `start --wait` and `watch`."""
+    """What a command's exit status says. A rollout's outcome decides for `start --wait` and `watch`, and a
+    job's alike: cancelled is ABORTED, and a job that has ended as it should is SUCCEEDED though devices have failed in it."""
 
     SUCCEEDED = 0
     ERROR = 1
@@ -50,8 +51,8 @@ class ExitStatus(IntEnum):
 
 
 EXIT_HELP = (
-    "Exit status: 0 done, or the rollout succeeded; 1 an error, a server that does not answer, a rollout that failed; "
-    "2 wrong input, or no such thing; 3 halted by the gate; 4 aborted; 5 waits for a person, or the waiting time is over; "
+    "Exit status: 0 done, or the rollout or job succeeded; 1 an error, a server that does not answer, a rollout or job that "
+    "failed; 2 wrong input, or no such thing; 3 halted by the gate; 4 aborted or cancelled; 5 waits for a person, or the waiting time is over; "
     "6 refused: the state of things does not allow it."
 )
 
@@ -115,10 +116,19 @@ class Output:
 
 
 def as_json(data: Any) -> str:
-    """One line of JSON; times in ISO 8601, durations and shares as in a specification."""
-    if isinstance(data, BaseModel):
-        return data.model_dump_json()
-    return to_json(data).decode()
+    """One line of JSON; times in ISO 8601, durations and shares as in a specification; unprintable characters escaped."""
+    text = data.model_dump_json() if isinstance(data, BaseModel) else to_json(data).decode()
+    return text if text.isprintable() else "".join(c if c.isprintable() else _escaped(c) for c in text)
+
+
+def _escaped(char: str) -> str:
+    r"""As JSON escapes it, so that it means the same and moves no cursor.
+
+    >>> _escaped(chr(0x9B)), _escaped(chr(0xE0001))
+    ('\\u009b', '\\udb40\\udc01')
+    """
+    units = char.encode("utf-16-be", "surrogatepass")
+    return "".join(f"\\u{units[at] << 8 | units[at + 1]:04x}" for at in range(0, len(units), 2))
 
 
 def as_dict(model: BaseModel) -> dict[str, Any]:
@@ -128,7 +138,8 @@ def as_dict(model: BaseModel) -> dict[str, Any]:
 
 
 def printable(text: str, kept: str = "") -> str:
-    """Text with every control character written out, but for those in `kept`.
+    """Text with every character written out that is not to be seen: controls, escapes, marks that turn the direction of
+    writing, but for those in `kept`.
 
     >>> printable("a\\x1b[2J")
     'a\\\\x1b[2J'
@@ -159,7 +170,7 @@ def facts(pairs: Iterable[tuple[str, object]]) -> Table:
     made.add_column(overflow="fold")
     for name, value in pairs:
         if value is not None and value != "":
-            made.add_row(name, value if isinstance(value, Text) else Text(printable(_cell(value))))
+            made.add_row(Text(printable(name)), value if isinstance(value, Text) else Text(printable(_cell(value))))
     return made
 
 

@@ -1,27 +1,27 @@
 """`rollout start | watch | show | list | pause | resume | approve | promote | abort | adjust | device | devices | events`."""
 
-import asyncio
 import sys
-from collections.abc import Awaitable
-from datetime import UTC, datetime, timedelta
+from collections.abc import Awaitable, Callable
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from temporalio.client import WorkflowUpdateFailedError, WorkflowUpdateRPCTimeoutOrCancelledError
-from temporalio.exceptions import ApplicationError, WorkflowAlreadyStartedError
-from temporalio.service import RPCError, RPCStatusCode
+from temporalio.exceptions import WorkflowAlreadyStartedError
 
+from cli.causes import cause_parts
 from cli.command import Session, command, whoami
+from cli.diagnose import attached
 from cli.explain import why_here, why_not_in
+from cli.following import follow, tell_unplanned, temporal_if_there
 from cli.output import ExitStatus, as_dict, facts, table, when
 from cli.screen import Snapshot, current_wave, event_text, object_of, screen, specification
 from cli.spec import load_spec, parse_spec
-from cli.watch import Handle, Watch, follow, tell_unplanned, temporal_if_there
-from models.errors import ConflictError, InvalidInputError, NotFoundError, RefusedError, UnavailableError
+from cli.steering import PLAN_PATIENCE_SECONDS, Stay, Timeout, duration_of, steer
+from cli.watch import Handle, Watch
+from models.errors import ConflictError, InvalidInputError, NotFoundError, RefusedError
 from models.ids import rollout_workflow_id
 from models.protocol import ExecutionState
-from models.quantities import parse_duration
 from models.rollout import (
     AbortRolloutInput,
     AdjustRolloutInput,
@@ -34,6 +34,7 @@ from models.rollout import (
     StartRolloutInput,
 )
 from models.spec import RolloutSpec
+from store.diagnostics import DiagnosticStore
 from store.engine import Database
 from store.registry import Registry
 from store.rollouts import RolloutStore
@@ -42,24 +43,8 @@ from workflows.rollout import RolloutWorkflow
 
 app = typer.Typer(help="Rollouts: start, watch, steer.", no_args_is_help=True)
 
-PLAN_PATIENCE_SECONDS = 20.0
-"""How long `start` waits to say what was planned; a plan for a million devices takes longer, and goes on."""
-ANSWER_SECONDS = 30.0
-"""How long an operator's request may wait for a worker."""
-
 Name = Annotated[str, typer.Argument(metavar="NAME", help="The rollout's name.")]
 Reason = Annotated[str, typer.Option(metavar="TEXT", help="Why; kept with the rollout's events.")]
-Timeout = Annotated[
-    str | None, typer.Option(metavar="DURATION", help="Stop watching after this long, as in 30m (exit status 5).")
-]
-Stay = Annotated[
-    bool | None,
-    typer.Option(
-        "--stay/--leave",
-        help="While it waits for a person: stay (default on a terminal), or leave with exit status 5.",
-        show_default=False,
-    ),
-]
 
 
 @command(app, "start")
@@ -75,7 +60,7 @@ async def start(
     The name is the identity: while a rollout of this name exists, running or ended, another is refused.
     """
     asked = parse_spec(sys.stdin.buffer.read(), "standard input") if str(spec) == "-" else load_spec(spec)
-    limit = _duration(timeout)
+    limit = duration_of(timeout)
     async with session.database() as db:
         await _refuse_known(db, asked.name)
         client = await session.temporal()
@@ -89,7 +74,7 @@ async def start(
         watch = Watch(session, db, asked.name, client)
         planned = await watch.until_planned(PLAN_PATIENCE_SECONDS)
         if isinstance(planned, RolloutResult):
-            return tell_unplanned(session.out, planned)
+            return tell_unplanned("rollout", session.out, planned)
         _tell_started(session, asked, planned, wait)
         if not wait:
             await watch.close()
@@ -100,14 +85,26 @@ async def start(
 @command(app, "watch")
 async def watch(session: Session, name: Name, timeout: Timeout = None, stay: Stay = None) -> ExitStatus:
     """Show a rollout live until it ends; the exit status says how it ended."""
-    limit = _duration(timeout)
+    limit = duration_of(timeout)
     async with session.database() as db:
         return await follow(Watch(session, db, name, await temporal_if_there(session)), limit, stay)
 
 
 @command(app, "show")
-async def show(session: Session, name: Name) -> ExitStatus:
-    """Show where a rollout stands now, and its specification. Exit status 0 unless it cannot be shown."""
+async def show(
+    session: Session,
+    name: Name,
+    one: Annotated[
+        str | None, typer.Option("--device", metavar="DEVICE", help="Show one device of it, as 'rollout device' does.")
+    ] = None,
+) -> ExitStatus:
+    """Show where a rollout stands now, why devices failed, and its specification.
+
+    Exit status 0 unless it cannot be shown.
+    """
+    if one is not None:
+        await _show_device(session, name, one)
+        return ExitStatus.SUCCEEDED
     async with session.database() as db:
         looking = Watch(session, db, name, await temporal_if_there(session))
         found = await looking.until_planned(0)
@@ -118,9 +115,13 @@ async def show(session: Session, name: Name) -> ExitStatus:
         session.out.result({"name": name, "phase": "planning"}, f"rollout {name} is being planned")
     else:
         view = found.view
+        async with session.database() as db:
+            causes = await RolloutStore(db).causes(view.job_no)
         times = [("planned", view.created_at), ("started", view.started_at), ("finished", view.finished_at)]
         shown = facts([*specification(view.spec), ("requested by", view.requested_by), *times])
-        session.out.result(object_of(found), [screen(found), "", shown])
+        told = [*cause_parts(causes), ""] if causes else []
+        data = object_of(found) | {"causes": [as_dict(cause) for cause in causes]}
+        session.out.result(data, [screen(found), "", *told, shown])
     return ExitStatus.SUCCEEDED
 
 
@@ -206,7 +207,11 @@ async def adjust(
 async def device(
     session: Session, name: Name, device_id: Annotated[str, typer.Argument(metavar="DEVICE", help="Device id.")]
 ) -> None:
-    """Show where one device stands in a rollout, and why."""
+    """Show where one device stands in a rollout, why, and what it said when it was asked about a failure."""
+    await _show_device(session, name, device_id)
+
+
+async def _show_device(session: Session, name: str, device_id: str) -> None:
     async with session.database() as db:
         store, now = RolloutStore(db), datetime.now(UTC)
         rollout = await store.show(name)
@@ -216,13 +221,18 @@ async def device(
         except NotFoundError as error:
             why = why_not_in(known, rollout, now)
             raise NotFoundError(f"device {device_id} is not part of rollout {name}: {why}") from error
+        asked = await DiagnosticStore(db).of_execution(rollout.job_no, device_id)
     why = why_here(found, rollout, now)
     pairs: list[tuple[str, object]] = [("device", f"{device_id}, {known.device_type} at {known.site_id}")]
     pairs += [("state", f"{found.state} in wave {found.wave} ({found.wave_name})"), ("why", why)]
     names = ("execution_number", "step", "failure_class", "base_version", "by_delta", "queued_at", "started_at",
              "updated_at", "finished_at", "deadline_at", "status_details")  # fmt: skip
     pairs += [(field.replace("_", " "), getattr(found, field)) for field in names]
-    session.out.result({**as_dict(found), "why": why}, facts(pairs))
+    pairs += attached(asked)
+    if asked:
+        pairs.append(("all of it", f"starter.py diagnose {device_id}"))
+    data = {**as_dict(found), "why": why, "diagnostics": [as_dict(view) for view in asked]}
+    session.out.result(data, facts(pairs))
 
 
 @command(app, "devices")
@@ -311,24 +321,11 @@ def _tell_started(session: Session, spec: RolloutSpec, planned: Snapshot | None,
         )
 
 
-async def _steer(session: Session, name: str, send: "Any") -> None:
+async def _steer(session: Session, name: str, send: Callable[[Handle], Awaitable[RolloutStatus]]) -> None:
     """Send an operator's request to the workflow and show what it answers."""
     client = await session.temporal()
     handle: Handle = client.get_workflow_handle_for(RolloutWorkflow.run, rollout_workflow_id(name))
-    answer: Awaitable[RolloutStatus] = send(handle)
-    try:
-        status = await asyncio.wait_for(answer, ANSWER_SECONDS)
-    except WorkflowUpdateFailedError as error:
-        raise RefusedError(f"rollout {name}: {_words_of(error)}") from error
-    except RPCError as error:
-        if error.status is not RPCStatusCode.NOT_FOUND:
-            raise
-        raise await _not_running(session, name) from error
-    except (TimeoutError, WorkflowUpdateRPCTimeoutOrCancelledError) as error:
-        raise UnavailableError(
-            f"no worker has taken the request to rollout {name} within {ANSWER_SECONDS:.0f} s, and whether it takes "
-            "effect later is not known; start a worker ('starter.py up'), then look at 'rollout show'"
-        ) from error
+    status = await steer(f"rollout {name}", send(handle), lambda: _not_running(session, name))
     pairs = [("rollout", name), ("phase", status.phase), ("wave", f"{status.wave} {status.wave_name}".strip())]
     pace = (
         f"{status.pace.in_flight} in flight, {status.pace.per_minute or 'no limit'} per minute" if status.pace else ""
@@ -349,20 +346,6 @@ async def _not_running(session: Session, name: str) -> RefusedError | NotFoundEr
             f"rollout {name} stands at {known.phase}, but its workflow does not run; start it again with its specification"
         )
     return RefusedError(f"rollout {name} has ended ({known.outcome}): {known.reason}")
-
-
-def _words_of(error: WorkflowUpdateFailedError) -> str:
-    cause: BaseException | None = error.cause
-    while cause is not None and not isinstance(cause, ApplicationError):
-        cause = cause.__cause__
-    return cause.message if isinstance(cause, ApplicationError) else str(error.cause)
-
-
-def _duration(text: str | None) -> timedelta | None:
-    try:
-        return None if text is None else parse_duration(text)
-    except (ValueError, OverflowError) as error:
-        raise InvalidInputError(f"--timeout: {error}") from error
 
 
 def _per_minute(text: str | None) -> int | None:

@@ -9,8 +9,8 @@ from temporalio.exceptions import WorkflowAlreadyStartedError
 from temporalio.service import RPCError, RPCStatusCode
 
 from cli.command import Session, command, whoami
+from cli.following import temporal_if_there
 from cli.output import facts, when
-from cli.watch import temporal_if_there
 from models.errors import ConflictError
 from models.lifecycle import RotateFleetInput
 from store.rotation import RotationStore

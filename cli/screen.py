@@ -1,6 +1,7 @@
 """What a rollout looks like: bars and numbers for a terminal, one line for a log, an object for a program. Pure."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -24,7 +25,7 @@ MEANING = {
     Phase.HOLDING: "rollout promote, or rollout abort",
     Phase.PAUSED: "rollout resume",
 }
-_PHASE_STYLE = {
+PHASE_STYLE = {
     Phase.ROLLING: "cyan",
     Phase.SOAKING: "blue",
     Phase.PAUSED: "yellow",
@@ -32,7 +33,7 @@ _PHASE_STYLE = {
     Phase.WAITING_APPROVAL: "yellow",
     Phase.DRAINING: "magenta",
 }
-_OUTCOME_STYLE = {Outcome.SUCCEEDED: "bold green", Outcome.ABORTED: "bold yellow"}
+OUTCOME_STYLE = {Outcome.SUCCEEDED: "bold green", Outcome.ABORTED: "bold yellow"}
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,26 @@ class Snapshot:
         """Whether it goes on only when somebody decides."""
         return self.phase in (Phase.HOLDING, Phase.WAITING_APPROVAL)
 
+    @property
+    def outcome(self) -> Outcome | None:
+        """How it has ended."""
+        return self.view.outcome
+
+    @property
+    def screen(self) -> RenderableType:
+        """See `screen`."""
+        return screen(self)
+
+    @property
+    def line(self) -> str:
+        """See `line_of`."""
+        return line_of(self)
+
+    @property
+    def as_object(self) -> dict[str, Any]:
+        """See `object_of`."""
+        return object_of(self)
+
 
 @dataclass(frozen=True)
 class GateDistance:
@@ -138,7 +159,7 @@ def screen(snapshot: Snapshot) -> RenderableType:
     parts: list[RenderableType] = [_headline(snapshot), wave_table(view)]
     parts.append(facts([*_figures(snapshot), ("UI", snapshot.ui_link)]))
     if snapshot.events:
-        parts += [Text(""), _event_lines(snapshot.events[-EVENTS_SHOWN:])]
+        parts += [Text(""), event_lines(snapshot.events[-EVENTS_SHOWN:])]
     if snapshot.trouble:
         parts.append(Text(printable(snapshot.trouble), style="yellow"))
     return Group(*parts)
@@ -150,9 +171,9 @@ def _headline(snapshot: Snapshot) -> Text:
     line.append(printable(view.name), style="bold")
     line.append(f"  {printable(view.release)}  ")
     if view.outcome is not None:
-        line.append(view.outcome.upper(), style=_OUTCOME_STYLE.get(view.outcome, "bold red"))
+        line.append(view.outcome.upper(), style=OUTCOME_STYLE.get(view.outcome, "bold red"))
     else:
-        line.append(snapshot.phase, style=_PHASE_STYLE.get(snapshot.phase, ""))
+        line.append(snapshot.phase, style=PHASE_STYLE.get(snapshot.phase, ""))
         if wave is not None:
             line.append(f"  wave {wave.wave} of {len(view.waves)} ({printable(wave.name)})")
     return line
@@ -173,7 +194,7 @@ def wave_table(view: RolloutView) -> Table:
             bar(c),
             str(c.total or wave.target_count),
             str(c.succeeded),
-            Text(str(_failures(c)), style="red" if _failures(c) else ""),
+            Text(str(failures_in(c)), style="red" if failures_in(c) else ""),
             str(c.in_progress),
             str(c.queued),
             _gate_cell(wave, view.spec.gate),
@@ -185,7 +206,7 @@ def bar(counts: WaveCounts, width: int = BAR_WIDTH) -> Text:
     """Succeeded, failed, updating and queued as shares of the wave; what has not been opened is a dot."""
     shares = [
         (counts.succeeded, "█", "green"),
-        (_failures(counts), "█", "red"),
+        (failures_in(counts), "█", "red"),
         (counts.in_progress, "▓", "cyan"),
         (counts.queued, "░", ""),
         (counts.pending, "·", "dim"),
@@ -250,7 +271,8 @@ def specification(spec: RolloutSpec) -> list[tuple[str, object]]:
     ]
 
 
-def _event_lines(events: tuple[EventView, ...]) -> Text:
+def event_lines(events: Sequence[EventView]) -> Text:
+    """Events with their time of day."""
     lines = Text()
     for event in events:
         lines.append(f"{event.at.astimezone(UTC):%H:%M:%S} ", style="dim")
@@ -266,7 +288,8 @@ def event_text(event: EventView) -> str:
     return f"{waits}{event.text or event.kind}{by}"
 
 
-def _failures(counts: WaveCounts) -> int:
+def failures_in(counts: WaveCounts) -> int:
+    """Devices of a wave that have failed, however."""
     return counts.failed + counts.timed_out + counts.rejected
 
 
@@ -280,7 +303,7 @@ def line_of(snapshot: Snapshot) -> str:
     if wave is not None:
         c, distance = wave.counts, gate_distance(wave, view.spec.gate)
         parts.append(
-            f"wave {wave.wave}/{len(view.waves)} {wave.name}: {c.succeeded} ok, {_failures(c)} failed, "
+            f"wave {wave.wave}/{len(view.waves)} {wave.name}: {c.succeeded} ok, {failures_in(c)} failed, "
             f"{c.in_progress} updating, {c.queued} queued of {c.total}"
         )
         if wave.tripped:

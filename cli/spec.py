@@ -1,4 +1,4 @@
-"""Reading a rollout's specification: YAML in, a RolloutSpec out, or every mistake at once with its line.
+"""Reading a specification, a rollout's or a fleet job's: YAML in, a model out, or every mistake at once with its line.
 
 A document whose mistakes are taken out is checked again, so that a rule over several keys (waves that must grow, rates
 that must be ordered) is told in the same run as a misspelt key elsewhere.
@@ -8,9 +8,9 @@ import copy
 import datetime
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, overload
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap, CommentedSeq, TaggedScalar
 from ruamel.yaml.constructor import DuplicateKeyError
@@ -27,8 +27,15 @@ MAX_NODES = 250_000
 MAX_BRACKETS = 50
 
 
-def load_spec(path: Path) -> RolloutSpec:
-    """The specification in a file.
+Spec = TypeVar("Spec", bound=BaseModel)
+
+
+@overload
+def load_spec(path: Path) -> RolloutSpec: ...
+@overload
+def load_spec(path: Path, model: type[Spec]) -> Spec: ...
+def load_spec(path: Path, model: type[BaseModel] = RolloutSpec) -> BaseModel:
+    """The specification in a file; `model` is what it has to be.
 
     Raises:
         SpecError: every mistake in it, each with its line where it has one.
@@ -40,20 +47,43 @@ def load_spec(path: Path) -> RolloutSpec:
         raise NotFoundError(f"cannot read the specification {path}: there is no such file") from error
     except OSError as error:
         raise InvalidInputError(f"cannot read the specification {path}: {error.strerror}") from error
-    return parse_spec(data, str(path))
+    return parse_spec(data, str(path), model)
 
 
-def parse_spec(data: bytes, source: str) -> RolloutSpec:
+@overload
+def parse_spec(data: bytes, source: str) -> RolloutSpec: ...
+@overload
+def parse_spec(data: bytes, source: str, model: type[Spec]) -> Spec: ...
+def parse_spec(data: bytes, source: str, model: type[BaseModel] = RolloutSpec) -> BaseModel:
     """The specification in these bytes; `source` is their name in errors. Raises SpecError."""
     document = _document(data, source)
     try:
-        return RolloutSpec.model_validate(_plain(document))
+        return model.model_validate(_plain(document))
     except _TooLargeError:
         raise SpecError(
             source, [Mistake("(document)", f"more than {MAX_NODES} values; are there aliases in it?")]
         ) from None
     except ValidationError:
-        mistakes = [Mistake(path_of(f.where), f.message, _line(document, f)) for f in _every_fault(_plain(document))]
+        faults = [_placed(fault, document) for fault in _every_fault(_plain(document), model)]
+        mistakes = [Mistake(path_of(fault.where), fault.message, _line(document, fault)) for fault in faults]
+        raise SpecError(source, sorted(mistakes, key=lambda m: m.line or 0)) from None
+
+
+M = TypeVar("M", bound=BaseModel)
+
+
+def parse_model(data: bytes, source: str, model: type[M]) -> M:
+    """A document of another kind, read as strictly. Raises SpecError with every mistake, each with its line."""
+    document = _document(data, source)
+    try:
+        return model.model_validate(_plain(document))
+    except _TooLargeError:
+        raise SpecError(
+            source, [Mistake("(document)", f"more than {MAX_NODES} values; are there aliases in it?")]
+        ) from None
+    except ValidationError as error:
+        faults = faults_of(error, model)
+        mistakes = [Mistake(path_of(f.where), f.message, _line(document, f)) for f in faults]
         raise SpecError(source, sorted(mistakes, key=lambda m: m.line or 0)) from None
 
 
@@ -134,22 +164,30 @@ def _scalar(value: Any) -> Any:
     if isinstance(value, TaggedScalar):
         return str(value.value)
     if isinstance(value, datetime.datetime):
-        return datetime.datetime(*value.timetuple()[:6])
+        return datetime.datetime.fromisoformat(value.isoformat())
     return value
 
 
-def _every_fault(document: dict[str, Any]) -> list[Fault]:
+def _placed(fault: Fault, document: CommentedMap) -> Fault:
+    """A rule over several keys says first which of them it is about: that is where the mistake is shown."""
+    key, colon, message = fault.message.partition(": ")
+    if fault.where or not colon or key not in document:
+        return fault
+    return Fault((key,), message)
+
+
+def _every_fault(document: dict[str, Any], model: type[BaseModel]) -> list[Fault]:
     """Faults of the document, then of what remains when they are taken out, until nothing new is found."""
     found: dict[tuple[str | int, ...], Fault] = {}
     remaining = copy.deepcopy(document)
-    while new := [fault for fault in _faults(remaining) if not _is_known(fault, found)]:
+    while new := [fault for fault in _faults(remaining, model) if not _is_known(fault, found)]:
         for fault in new:
             found[fault.where] = fault
             _take_out(remaining, fault.where)
     broken = {where[1] for where in found if where[:1] == ("waves",) and len(where) > 1}
     if broken and isinstance(remaining.get("waves"), list):
         remaining["waves"] = [wave for i, wave in enumerate(remaining["waves"]) if i not in broken or _is_wave(wave)]
-        found.update({fault.where: fault for fault in _faults(remaining) if fault.where == ("waves",)})
+        found.update({fault.where: fault for fault in _faults(remaining, model) if fault.where == ("waves",)})
     return list(found.values())
 
 
@@ -161,11 +199,11 @@ def _is_wave(wave: Any) -> bool:
     return True
 
 
-def _faults(document: dict[str, Any]) -> list[Fault]:
+def _faults(document: dict[str, Any], model: type[BaseModel]) -> list[Fault]:
     try:
-        RolloutSpec.model_validate(document)
+        model.model_validate(document)
     except ValidationError as error:
-        return list(faults_of(error, RolloutSpec))
+        return list(faults_of(error, model))
     return []
 
 

@@ -28,7 +28,14 @@ PROGRAMS = {
     "python -m agent.fleet": ("agent.fleet", "_parser"),
     "python -m bench": ("bench.__main__", "_parser"),
 }
-WITH_METRICS = ("observe.metrics", "gateway.service", "access.keeper", "worker", "devstack.artifacts")
+WITH_METRICS = (
+    "observe.metrics",
+    "gateway.service",
+    "gateway.alerting",
+    "access.keeper",
+    "worker",
+    "devstack.artifacts",
+)
 INTRODUCTION = """\
 # Reference
 

@@ -46,11 +46,19 @@ class Breaker:
     def boundary(self, exposed: int) -> float:
         """Failures at which a wave with `exposed` devices halts: a line in `exposed`. For people, not for deciding."""
         slope = self.failure_weight - self.success_weight
+        if not slope:
+            return math.inf
         return (self.halt_threshold - exposed * self.success_weight) / slope
 
 
-def breaker_of(gate: GateSpec) -> Breaker:
-    """The boundary that a gate's rates and error probabilities describe."""
+NEVER = Breaker(failure_weight=0, success_weight=0, halt_threshold=1)
+"""The boundary of a job without a gate: no evidence reaches it."""
+
+
+def breaker_of(gate: GateSpec | None) -> Breaker:
+    """The boundary that a gate's rates and error probabilities describe; without a gate one that nothing reaches."""
+    if gate is None:
+        return NEVER
     p0, p1 = float(gate.healthy), float(gate.limit)
     return Breaker(
         failure_weight=round(math.log(p1 / p0) * UNIT),
@@ -69,8 +77,10 @@ def percent(part: int, whole: int) -> str:
     return f"{100 * part / whole:.1f} %" if whole else "0 %"
 
 
-def halt_reason(gate: GateSpec, failed: int, exposed: int) -> str:
+def halt_reason(gate: GateSpec | None, failed: int, exposed: int) -> str:
     """Why the breaker halted, with its numbers."""
+    if gate is None:
+        return f"halt: {failed} of {exposed} exposed devices failed ({percent(failed, exposed)})"
     return (
         f"halt: {failed} of {exposed} exposed devices failed ({percent(failed, exposed)}), "
         f"boundary {breaker_of(gate).boundary(exposed):.1f} "
@@ -79,7 +89,7 @@ def halt_reason(gate: GateSpec, failed: int, exposed: int) -> str:
 
 
 def judge_running(
-    counts: WaveCounts, gate: GateSpec, completion: Fraction, *, outstanding: int, wait_for_all: bool
+    counts: WaveCounts, gate: GateSpec | None, completion: Fraction, *, outstanding: int, wait_for_all: bool
 ) -> WaveVerdict:
     """Whether a wave that runs may go on to its soak.
 
@@ -105,13 +115,20 @@ def judge_running(
     return judge_answered(counts, gate, completion)
 
 
-def judge_answered(counts: WaveCounts, gate: GateSpec, completion: Fraction) -> WaveVerdict:
+def judge_answered(counts: WaveCounts, gate: GateSpec | None, completion: Fraction) -> WaveVerdict:
     """The verdict on a wave that has answered (and, when asked again after it, soaked).
+
+    Without a gate nothing is held or halted: PROMOTE says how many have done it.
 
     PROMOTE needs the breaker closed, the completion rule met and a failure share of at most `gate.limit`, compared in
     integers. A higher share is HALT, too few answers HOLD.
     """
     failed, answered, total = counts.gate_failed, counts.answered, counts.awaited
+    if gate is None:
+        return WaveVerdict(
+            verdict=Verdict.PROMOTE,
+            reason=f"{counts.succeeded} of {total} succeeded, {counts.failed + counts.timed_out + counts.rejected} failed",
+        )
     if breaker_of(gate).trips(failed, counts.exposed):
         return WaveVerdict(verdict=Verdict.HALT, reason=halt_reason(gate, failed, counts.exposed))
     if total == 0:

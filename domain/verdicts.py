@@ -5,14 +5,15 @@ was halted or paused by a person, a verdict that is recorded already, and a pers
 is the point: whatever speaks against the release comes first, and nothing promotes while the job is paused.
 """
 
-from domain.gate import halt_reason, judge_answered, judge_running
-from models.rollout import DriveMode, DriveWaveInput, JobProgress, JobStatus, Verdict, WaveVerdict
-from models.spec import GateSpec
+from domain.gate import breaker_of, halt_reason, judge_answered, judge_running
+from models.jobspec import FleetJobSpec, Membership
+from models.rollout import DriveMode, DriveWaveInput, JobProgress, JobStatus, Verdict, WaveCounts, WaveVerdict
+from models.spec import GateSpec, RolloutSpec
 
 OVER = (JobStatus.HALTED, JobStatus.FINISHED)
 
 
-def tripped_verdict(seen: JobProgress, gate: GateSpec) -> WaveVerdict | None:
+def tripped_verdict(seen: JobProgress, gate: GateSpec | None) -> WaveVerdict | None:
     """HALT when this wave's breaker, or that of another wave of the job, has tripped; else None."""
     wave = seen.wave
     if wave.tripped:
@@ -41,6 +42,8 @@ def drive_verdict(asked: DriveWaveInput, seen: JobProgress) -> WaveVerdict:
         return WaveVerdict(verdict=wave.verdict, reason=wave.reason or f"{wave.verdict}: recorded before")
     if asked.mode is DriveMode.SOAKING:
         return WaveVerdict(verdict=Verdict.CONTINUE, reason="the soak is not over")
+    if asked.is_last and is_continuous(spec):
+        return _going_on(spec, wave.counts)
     if asked.mode is DriveMode.JUDGING:
         verdict = with_promotion(
             judge_answered(wave.counts, spec.gate, spec.completion), asked.promoted_by, asked.promote_reason
@@ -56,6 +59,18 @@ def drive_verdict(asked: DriveWaveInput, seen: JobProgress) -> WaveVerdict:
     if seen.job_status is not JobStatus.RUNNING and verdict.verdict is not Verdict.HALT:
         return WaveVerdict(verdict=Verdict.CONTINUE, reason=f"the job is {seen.job_status}")
     return verdict
+
+
+def is_continuous(spec: RolloutSpec | FleetJobSpec) -> bool:
+    """Whether devices may join while it runs: then nobody but a person or the clock ends its last wave."""
+    return isinstance(spec, FleetJobSpec) and spec.membership is Membership.CONTINUOUS
+
+
+def _going_on(spec: RolloutSpec | FleetJobSpec, counts: WaveCounts) -> WaveVerdict:
+    if breaker_of(spec.gate).trips(counts.gate_failed, counts.exposed):
+        reason = halt_reason(spec.gate, counts.gate_failed, counts.exposed)
+        return WaveVerdict(verdict=Verdict.HALT, reason=reason)
+    return WaveVerdict(verdict=Verdict.CONTINUE, reason="devices may join until the job is ended")
 
 
 def with_promotion(verdict: WaveVerdict, actor: str, reason: str) -> WaveVerdict:

@@ -25,11 +25,10 @@ from firmware.errors import EnvelopeError, SignatureError
 from firmware.keys import key_id
 
 MAX_PAYLOAD_BYTES = 8 * 1024
-"""No statement of ours comes near; a larger payload is refused before any work is done on it."""
+"""No statement but a task comes near; a larger payload is refused before any work is done on it."""
 MAX_SIGNATURES = 8
 """Bounds the verifications that one envelope can cost."""
 
-_MAX_PAYLOAD_CHARS = 4 * ((MAX_PAYLOAD_BYTES + 2) // 3)
 _MAX_KEY_ID_CHARS = 128
 _MAX_SIGNATURE_CHARS = 128
 
@@ -37,15 +36,18 @@ _MAX_SIGNATURE_CHARS = 128
 class EnvelopeSigner:
     """Signs payloads of one type with one key; what can be prepared is prepared once."""
 
-    def __init__(self, private_key: Ed25519PrivateKey, payload_type: str) -> None:
+    def __init__(
+        self, private_key: Ed25519PrivateKey, payload_type: str, *, max_bytes: int = MAX_PAYLOAD_BYTES
+    ) -> None:
         self._sign = private_key.sign
         self._payload_type = payload_type
+        self._max_bytes = max_bytes
         self._key_id = key_id(private_key.public_key())
 
     def sign(self, payload: bytes) -> dict[str, Any]:
         """A DSSE envelope, ready for JSON. Raises EnvelopeError for a payload that no device would accept."""
-        if len(payload) > MAX_PAYLOAD_BYTES:
-            raise EnvelopeError(f"cannot sign: payload of {len(payload)} bytes, at most {MAX_PAYLOAD_BYTES} expected")
+        if len(payload) > self._max_bytes:
+            raise EnvelopeError(f"cannot sign: payload of {len(payload)} bytes, at most {self._max_bytes} expected")
         signature = self._sign(Envelope(payload, self._payload_type, {}).pae())
         return {
             "payload": b2a_base64(payload, newline=False).decode("ascii"),
@@ -54,13 +56,20 @@ class EnvelopeSigner:
         }
 
 
-def sign_envelope(payload: bytes, payload_type: str, key: Ed25519PrivateKey) -> dict[str, Any]:
+def sign_envelope(
+    payload: bytes, payload_type: str, key: Ed25519PrivateKey, *, max_bytes: int = MAX_PAYLOAD_BYTES
+) -> dict[str, Any]:
     """One envelope; see EnvelopeSigner for many."""
-    return EnvelopeSigner(key, payload_type).sign(payload)
+    return EnvelopeSigner(key, payload_type, max_bytes=max_bytes).sign(payload)
 
 
 def open_envelope(
-    envelope: Mapping[str, Any], payload_type: str, keys: Sequence[SSlibKey], threshold: int = 1
+    envelope: Mapping[str, Any],
+    payload_type: str,
+    keys: Sequence[SSlibKey],
+    threshold: int = 1,
+    *,
+    max_bytes: int = MAX_PAYLOAD_BYTES,
 ) -> bytes:
     """The payload, if at least `threshold` distinct keys of `keys` have signed it as `payload_type`.
 
@@ -69,12 +78,13 @@ def open_envelope(
         payload_type: what the caller is about to read it as.
         keys: the keys of one role.
         threshold: how many different keys must have signed.
+        max_bytes: the largest payload of this type; a larger one is refused before any work is done on it.
 
     Raises:
         EnvelopeError: it is malformed, oversized, or of another type.
         SignatureError: too few of the keys have signed it.
     """
-    parsed = _parse(envelope, payload_type)
+    parsed = _parse(envelope, payload_type, max_bytes)
     signed_by = _signers(parsed, keys)
     if threshold < 1 or len(signed_by) < threshold:
         raise SignatureError(
@@ -100,7 +110,7 @@ def _signers(envelope: Envelope, keys: Sequence[SSlibKey]) -> set[bytes]:
     return signed_by
 
 
-def _parse(envelope: Mapping[str, Any], payload_type: str) -> Envelope:
+def _parse(envelope: Mapping[str, Any], payload_type: str, max_bytes: int) -> Envelope:
     if not isinstance(envelope, Mapping):
         raise EnvelopeError(f"cannot read the envelope: expected an object, found {type(envelope).__name__}")
     payload, signatures = envelope.get("payload"), envelope.get("signatures")
@@ -108,10 +118,8 @@ def _parse(envelope: Mapping[str, Any], payload_type: str) -> Envelope:
         raise EnvelopeError(
             f"cannot read the envelope: expected {payload_type}, found {envelope.get('payloadType')!r:.80}"
         )
-    if not isinstance(payload, str) or len(payload) > _MAX_PAYLOAD_CHARS:
-        raise EnvelopeError(
-            f"cannot read the envelope: expected a payload of at most {MAX_PAYLOAD_BYTES} bytes in base64"
-        )
+    if not isinstance(payload, str) or len(payload) > 4 * ((max_bytes + 2) // 3):
+        raise EnvelopeError(f"cannot read the envelope: expected a payload of at most {max_bytes} bytes in base64")
     if not isinstance(signatures, list) or not 1 <= len(signatures) <= MAX_SIGNATURES:
         raise EnvelopeError(f"cannot read the envelope: expected 1 to {MAX_SIGNATURES} signatures")
     try:

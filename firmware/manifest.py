@@ -18,7 +18,7 @@ import orjson
 
 from firmware.envelope import MAX_PAYLOAD_BYTES
 from firmware.errors import StatementError
-from firmware.strict import parse_strict
+from firmware.strict import MAX_DEPTH, parse_strict
 from models.ids import JOB_ID, PRODUCT_NAME, SHA256, THING_NAME, VERSION
 
 RELEASE_PAYLOAD_TYPE = "application/vnd.tidegate.release.v1+json"
@@ -82,6 +82,13 @@ class Order:
 def attempt_key(job_id: str, attempt: int) -> str:
     """Name of one attempt of one job on a device, as kept in `DeviceFacts.finished_orders`: `<job id>:<attempt>`."""
     return f"{job_id}:{attempt}"
+
+
+def last_attempt(finished: AbstractSet[str], job_id: str) -> int:
+    """The last attempt of a job that has ended, by the attempt keys in `finished`; 0 when none has."""
+    prefix = attempt_key(job_id, 0)[:-1]
+    attempts = (entry[len(prefix) :] for entry in finished if entry.startswith(prefix))
+    return max((int(attempt) for attempt in attempts if attempt.isdecimal()), default=0)
 
 
 def encode_release(statement: ReleaseStatement) -> bytes:
@@ -169,10 +176,16 @@ def _check_order(order: Order) -> None:
 
 
 def read_fields(
-    payload: bytes, what: str, required: frozenset[str], optional: frozenset[str] = frozenset()
+    payload: bytes,
+    what: str,
+    required: frozenset[str],
+    optional: frozenset[str] = frozenset(),
+    *,
+    max_bytes: int = MAX_PAYLOAD_BYTES,
+    max_depth: int = MAX_DEPTH,
 ) -> dict[str, Any]:
     """The members of a statement, exactly these. Raises StatementError naming what is missing or unknown."""
-    fields = parse_strict(payload, max_bytes=MAX_PAYLOAD_BYTES)
+    fields = parse_strict(payload, max_bytes=max_bytes, max_depth=max_depth)
     if not isinstance(fields, dict):
         raise StatementError(f"{what}: expected an object, found {type(fields).__name__}")
     missing, unknown = required - fields.keys(), fields.keys() - required - optional

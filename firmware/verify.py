@@ -33,9 +33,9 @@ from firmware.manifest import (
     RELEASE_PAYLOAD_TYPE,
     Order,
     ReleaseStatement,
-    attempt_key,
     decode_order,
     decode_release,
+    last_attempt,
 )
 from models.ids import SHA256
 
@@ -138,14 +138,8 @@ def _check_order(order: Order, facts: DeviceFacts, job_id: str, document: Mappin
         raise MisdirectedError(f"refused the order: it is for job {order.job_id}, it came with job {job_id:.64}")
     if order.operation != FIRMWARE_UPDATE or document.get("operation") != FIRMWARE_UPDATE:
         raise MisdirectedError(f"refused the order: it is to {order.operation}, expected {FIRMWARE_UPDATE}")
-    if order.nonce in facts.finished_orders or order.attempt <= _last_attempt(facts.finished_orders, job_id):
+    if order.nonce in facts.finished_orders or order.attempt <= last_attempt(facts.finished_orders, job_id):
         raise ReplayError(f"refused the order: attempt {order.attempt} of job {job_id}, or a later one, has ended here")
-
-
-def _last_attempt(finished_orders: frozenset[str], job_id: str) -> int:
-    prefix = attempt_key(job_id, 0)[:-1]
-    attempts = (entry[len(prefix) :] for entry in finished_orders if entry.startswith(prefix))
-    return max((int(attempt) for attempt in attempts if attempt.isdecimal()), default=0)
 
 
 def _check_release(

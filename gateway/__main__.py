@@ -17,6 +17,7 @@ import structlog
 import uvloop
 
 from firmware.keys import load_private_key
+from gateway.diagnostics import RebootSigner, order_reboots
 from gateway.documents import Documents
 from gateway.pulse import send_pulses
 from gateway.service import Gateway
@@ -108,9 +109,8 @@ async def serve(settings: Settings) -> None:
     await db.open(timeout=30)
     lock = await hold_lock(settings, stop)
     if lock is not None:
-        documents = Documents(
-            settings.artifact_url, load_private_key(settings.order_key), settings.order_lifetime_seconds
-        )
+        order_key = load_private_key(settings.order_key)
+        documents = Documents(settings.artifact_url, order_key, settings.order_lifetime_seconds)
         connection = Connection(CLIENT_ID, keep_session=True)
         gateway = Gateway(db, connection, documents, settings)
         await open_patiently(connection, settings, gateway, stop)
@@ -122,6 +122,8 @@ async def serve(settings: Settings) -> None:
                 group.create_task(gateway.run(stop))
                 group.create_task(watch_lock(lock, stop))
                 group.create_task(send_pulses(connection, gateway.name, stop))
+                signer = RebootSigner(order_key)
+                group.create_task(order_reboots(settings.database_url, signer, connection.publish, stop))
         finally:
             await connection.close()
             await lock.close()

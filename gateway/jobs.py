@@ -34,7 +34,7 @@ def answer(request: Request, ledger: Ledger, documents: Documents, now: float) -
         case Verb.DESCRIBE:
             return _describe(request, ledger, documents, now)
         case Verb.GET_PENDING:
-            return [_accepted(request, _pending(request.topic.thing, ledger), now)]
+            return [_accepted(request, _pending(request.topic.thing, ledger, now), now)]
         case _:
             return []
 
@@ -46,7 +46,7 @@ def reject(topic: RequestTopic, bad: BadRequest, now: float) -> list[Outgoing]:
 
 def _start_next(request: Request, ledger: Ledger, documents: Documents, now: float) -> list[Outgoing]:
     thing = request.topic.thing
-    for execution in ledger.pending_of(thing):
+    for execution in ledger.pending_of(thing, now):
         if not documents.has(execution.job_no):
             continue
         if execution.state is ExecutionState.QUEUED and ledger.admit(execution, now, request.details) is not None:
@@ -67,11 +67,12 @@ def _update(request: Request, ledger: Ledger, documents: Documents, now: float) 
     assert execution is not None
     body: dict[str, Any] = {}
     if request.want_state:
-        body["executionState"] = _state(execution)
-    if request.want_document and documents.has(execution.job_no):
-        body["jobDocument"] = documents.render(execution, topic.job_id, int(now))
+        body["executionState"] = _answered_state(execution)
+    # Not of the next attempt, which has not begun: its order would be one that nobody has admitted.
+    if request.want_document and execution.state is not ExecutionState.QUEUED and documents.has(execution.job_no):
+        body["jobDocument"] = documents.render(execution, ledger.jobs[execution.job_no], int(now))
     messages = [_accepted(request, body, now)]
-    if execution.state in TERMINAL_STATES:
+    if execution.state in TERMINAL_STATES or execution.ended_attempt is not None:
         messages += notifications(topic.thing, ledger, now)
     return messages
 
@@ -79,7 +80,7 @@ def _update(request: Request, ledger: Ledger, documents: Documents, now: float) 
 def _describe(request: Request, ledger: Ledger, documents: Documents, now: float) -> list[Outgoing]:
     topic = request.topic
     if topic.job_id == NEXT_JOB:
-        pending = ledger.pending_of(topic.thing)
+        pending = ledger.pending_of(topic.thing, now)
         body = {"execution": describe(pending[0], ledger, documents, now)} if pending else {}
         return [_accepted(request, body, now)]
     execution = ledger.find(topic.job_id or "", topic.thing)
@@ -91,7 +92,7 @@ def _describe(request: Request, ledger: Ledger, documents: Documents, now: float
 
 def notifications(thing: str, ledger: Ledger, now: float) -> list[Outgoing]:
     """`notify` and `notify-next` for a device whose list of pending executions has changed."""
-    pending = ledger.pending_of(thing)
+    pending = ledger.pending_of(thing, now)
     lists: dict[str, list[dict[str, Any]]] = {}
     for execution in pending[:MAX_NOTIFIED_JOBS]:
         lists.setdefault(execution.state.value, []).append(_summary(execution, ledger))
@@ -116,16 +117,15 @@ def describe(execution: ExecutionRow, ledger: Ledger, documents: Documents, now:
         "statusDetails": execution.details or {},
     }
     if documents.has(execution.job_no):
-        job_id = ledger.jobs[execution.job_no].job_id
         if execution.state is ExecutionState.IN_PROGRESS:
-            described["jobDocument"] = documents.render(execution, job_id, int(now))
+            described["jobDocument"] = documents.render(execution, ledger.jobs[execution.job_no], int(now))
         elif execution.state is ExecutionState.QUEUED:
             described["jobDocument"] = documents.preview(execution)
     return described
 
 
-def _pending(thing: str, ledger: Ledger) -> dict[str, Any]:
-    pending = ledger.pending_of(thing)
+def _pending(thing: str, ledger: Ledger, now: float) -> dict[str, Any]:
+    pending = ledger.pending_of(thing, now)
     return {
         "inProgressJobs": [_summary(e, ledger) for e in pending if e.state is ExecutionState.IN_PROGRESS],
         "queuedJobs": [_summary(e, ledger) for e in pending if e.state is ExecutionState.QUEUED],
@@ -150,6 +150,18 @@ def _state(execution: ExecutionRow) -> dict[str, Any]:
         "status": execution.state.value,
         "statusDetails": execution.details or {},
         "versionNumber": execution.version_number,
+    }
+
+
+def _answered_state(execution: ExecutionRow) -> dict[str, Any]:
+    """What a report has brought about: of an attempt that failed that it failed, whatever follows."""
+    ended = execution.ended_attempt
+    if ended is None:
+        return _state(execution)
+    return {
+        "status": ended.state.value,
+        "statusDetails": ended.details or {},
+        "versionNumber": ended.version_number,
     }
 
 

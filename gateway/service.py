@@ -22,6 +22,7 @@ import structlog
 from prometheus_client import Counter, Gauge, Histogram
 from psycopg_pool import PoolTimeout
 
+from gateway.alerting import Judge
 from gateway.beats import Beats
 from gateway.commands import answer_about_commands
 from gateway.configuration import answer_config, reject_config
@@ -160,6 +161,7 @@ class Gateway:
     documents: Documents
     settings: Settings
     waiting: list[Inbound] = field(default_factory=list)
+    judge: Judge = field(default_factory=Judge)
     _arrived: asyncio.Event = field(default_factory=asyncio.Event)
     _first_at: float = 0.0
     """Since when the next batch has been gathering."""
@@ -387,6 +389,11 @@ class Gateway:
         if read.beats.said:
             saved = await save_heartbeats(connection, read.beats.said)
             self._clones.update(saved.clones)
+            await self.judge.refresh(connection)
+            fresh = read.beats.said
+            if saved.repeated:
+                fresh = [beat for beat in fresh if (beat.device_id, beat.beat_no) not in saved.repeated]
+            await self.judge.judge(connection, fresh, standing.watched, standing.now)
 
     @staticmethod
     def _log_trips(batch: Batch) -> None:

@@ -1,129 +1,86 @@
-"""A fleet job's specification, and what its workflow, activities and operators say to each other.
+"""What a fleet job's workflow, activities and operators say to each other; its specification is models.jobspec's.
 
 A fleet job does one thing on many devices: over the executions and waves of a rollout, without its release gate unless
 one is asked for. All models are frozen; every field added later has a default.
 """
 
-from datetime import datetime, timedelta
-from enum import StrEnum
-from fractions import Fraction
+from collections.abc import Iterable
+from datetime import datetime
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, computed_field
 
-from models.device import DeviceFilter
-from models.ids import JOB_NAME, parse_release_ref
+from models.ids import fleet_job_workflow_id, scheduled_workflow_id
+from models.jobspec import FleetJobSpec, Membership, RetrySpec
 from models.protocol import JobOperation
-from models.quantities import Duration, Share
-from models.rollout import JobStatus, Outcome, Phase, PlannedWave, WaveProgress
-from models.spec import DeadlineSpec, GateSpec, WaveSpec
+from models.rollout import DecidedWave, JobStatus, Outcome, Phase, PlannedWave, PlanRolloutResult, WaveProgress
 
-MAX_DOCUMENT_BYTES = 24 * 1024
-"""Of what a specification adds to the job document; with the order the whole stays under AWS IoT's 32 KiB."""
+__all__ = [
+    "CancelFleetJobInput",
+    "FailureView",
+    "FleetJobProgress",
+    "FleetJobResult",
+    "FleetJobSpec",
+    "FleetJobState",
+    "FleetJobStatus",
+    "FleetJobView",
+    "JobScheduleView",
+    "Membership",
+    "PauseFleetJobInput",
+    "PlanFleetJobInput",
+    "ResumeFleetJobInput",
+    "RetrySpec",
+    "StartFleetJobInput",
+]
 
 
 class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True)
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+class FleetJobState(BaseModel):
+    """Everything FleetJobWorkflow remembers: what it continues with as a new run. The workflow alone changes it.
 
-
-class Membership(StrEnum):
-    """SNAPSHOT: the devices that match when the job is planned. CONTINUOUS: later ones join as well, until it ends."""
-
-    SNAPSHOT = "snapshot"
-    CONTINUOUS = "continuous"
-
-
-class RetrySpec(_Strict):
-    """What follows a failure: attempts in all, and the pause before each: `backoff * multiplier ** (attempt - 1)`."""
-
-    max_attempts: int = Field(default=1, ge=1, le=20)
-    backoff: Duration = timedelta(seconds=30)
-    backoff_multiplier: float = Field(default=2.0, ge=1, le=100)
-    max_backoff: Duration = timedelta(hours=1)
-
-    def pause_after(self, attempt: int) -> timedelta:
-        """How long to wait after attempt number `attempt` (from 1) has failed.
-
-        >>> RetrySpec(max_attempts=3, backoff=timedelta(seconds=2)).pause_after(2)
-        datetime.timedelta(seconds=4)
-        """
-        return min(self.max_backoff, self.backoff * self.backoff_multiplier ** (attempt - 1))
-
-
-class FleetJobSpec(_Strict):
-    """A whole specification. Every key but name and operation has a default.
-
-    `document` is what devices get beside the operation (custom jobs), `config` what config-sync has them take (None: what
-    is wanted of each already), `diagnostics` what a diagnostic job asks, `release` what a firmware-update installs.
+    A phase of PAUSED is never stored; it is shown while `paused_by` is set.
     """
 
-    name: str
-    operation: JobOperation
-    document: dict[str, Any] = Field(default_factory=dict)
-    config: dict[str, Any] | None = None
-    diagnostics: tuple[str, ...] = ()
-    release: str | None = None
-    target: DeviceFilter = DeviceFilter()
-    membership: Membership = Membership.SNAPSHOT
-    start_at: datetime | None = None
-    end_at: datetime | None = None
-    max_parallel: int = Field(default=100, ge=1)
-    per_minute: int | None = Field(default=None, ge=1)
-    retry: RetrySpec = RetrySpec()
-    waves: tuple[WaveSpec, ...] = Field(default=(WaveSpec(name="all", size=Fraction(1)),), min_length=1, max_length=50)
-    gate: GateSpec | None = None
-    """None: failures are counted and recorded, and stop nothing."""
-    completion: Share = Fraction(95, 100)
-    deadlines: DeadlineSpec = DeadlineSpec()
-    retry_of: str | None = None
-    """A job whose failed devices are the target, instead of `target`."""
+    name: str = ""
+    """Of this run: a schedule's runs have the time in theirs."""
+    phase: Phase = Phase.PLANNING
+    reason: str = ""
+    plan: PlanRolloutResult | None = None
+    prepared: bool = False
+    wave: int = 0
+    decided: list[DecidedWave] = Field(default_factory=list)
+    paused_by: str = ""
+    pause_reason: str = ""
+    resumed_by: str = ""
+    """Who has let a wave go on that was held."""
+    canceled_by: str = ""
+    cancel_reason: str = ""
+    force: bool = False
+    time_is_up: bool = False
+    outcome: Outcome | None = None
 
-    @field_validator("name", "retry_of")
-    @classmethod
-    def _name(cls, value: str | None) -> str | None:
-        if value is not None and not JOB_NAME.fullmatch(value):
-            raise ValueError(f"expected letters, digits, dots and dashes, at most 63, got {value!r}")
-        return value
-
-    @field_validator("start_at", "end_at")
-    @classmethod
-    def _zoned(cls, value: datetime | None) -> datetime | None:
-        if value is not None and value.tzinfo is None:
-            raise ValueError(f"expected a time with its zone, as in 2026-11-30T02:00:00Z, got {value.isoformat()}")
-        return value
-
-    @model_validator(mode="after")
-    def _fits_operation(self) -> "FleetJobSpec":
-        firmware = self.operation is JobOperation.FIRMWARE_UPDATE
-        if firmware != (self.release is not None):
-            raise ValueError(
-                "release: expected with operation firmware-update, and with no other; "
-                f"got {self.release!r} with {self.operation}"
-            )
-        if self.release is not None:
-            try:
-                parse_release_ref(self.release)
-            except Exception as error:
-                raise ValueError(f"release: {error}") from None
-        if self.config is not None and self.operation is not JobOperation.CONFIG_SYNC:
-            raise ValueError(f"config: expected with operation config-sync alone, got it with {self.operation}")
-        if self.document and self.operation is not JobOperation.CUSTOM:
-            raise ValueError(f"document: expected with operation custom alone, got it with {self.operation}")
-        if self.diagnostics and self.operation is not JobOperation.DIAGNOSTIC:
-            raise ValueError(f"diagnostics: expected with operation diagnostic alone, got it with {self.operation}")
-        if self.membership is Membership.CONTINUOUS and self.retry_of is not None:
-            raise ValueError("membership: a job over the failed devices of another is a snapshot")
-        if self.end_at is not None and self.start_at is not None and self.end_at <= self.start_at:
-            raise ValueError(f"end_at: expected after start_at {self.start_at}, got {self.end_at}")
-        return self
+    @property
+    def shown_phase(self) -> Phase:
+        """The phase a person sees."""
+        over = self.phase in (Phase.DRAINING, Phase.DONE)
+        return Phase.PAUSED if self.paused_by and not over else self.phase
 
 
 class StartFleetJobInput(_Frozen):
     """Input of FleetJobWorkflow. `schedule`: the schedule that started it, if one did."""
+
+    spec: FleetJobSpec
+    requested_by: str = "unknown"
+    schedule: str | None = None
+    state: FleetJobState | None = None
+    """Given by the run before, when a job continues as a new one."""
+
+
+class PlanFleetJobInput(_Frozen):
+    """Plan a job: choose devices, number them, cut waves. Idempotent by its name and specification."""
 
     spec: FleetJobSpec
     requested_by: str = "unknown"
@@ -146,6 +103,21 @@ class FleetJobProgress(_Frozen):
     """Of `waiting`: those that have failed and wait for their next attempt."""
     attempts_failed: int = 0
     """Attempts that failed, those that were followed by another included."""
+
+    @classmethod
+    def of(cls, waves: Iterable[WaveProgress]) -> "FleetJobProgress":
+        """Sums over waves of one snapshot."""
+        counts = [wave.counts for wave in waves]
+        return cls(
+            total=sum(c.total for c in counts),
+            waiting=sum(c.pending + c.queued for c in counts),
+            in_progress=sum(c.in_progress for c in counts),
+            succeeded=sum(c.succeeded for c in counts),
+            failed=sum(c.failed + c.timed_out + c.rejected for c in counts),
+            withdrawn=sum(c.removed + c.canceled for c in counts),
+            retrying=sum(c.retrying for c in counts),
+            attempts_failed=sum(c.attempts_failed for c in counts),
+        )
 
 
 class FleetJobResult(_Frozen):
@@ -230,3 +202,23 @@ class FleetJobView(_Frozen):
     progress: FleetJobProgress
     waves: tuple[WaveProgress, ...] = ()
     spec: dict[str, Any] = Field(default_factory=dict)
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def workflow_id(self) -> str:
+        """Where its workflow is found: a schedule's runs have ids that Temporal has made."""
+        return fleet_job_workflow_id(self.name) if self.schedule is None else scheduled_workflow_id(self.name)
+
+
+class JobScheduleView(_Frozen):
+    """A schedule of jobs as it is listed. Times are UTC; `next_runs` are the next few."""
+
+    name: str
+    cron: str = ""
+    timezone: str = "UTC"
+    paused: bool = False
+    note: str = ""
+    operation: JobOperation | None = None
+    next_runs: tuple[datetime, ...] = ()
+    last_runs: tuple[str, ...] = ()
+    """Names of its last jobs, the newest last."""

@@ -517,6 +517,7 @@ class AlertView(BaseModel):
     rule: str
     subject: str
     text: str
+    severity: str = "warning"
     state: str
     occurrences: int
     opened_at: datetime

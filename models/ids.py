@@ -80,6 +80,37 @@ def fleet_job_wave_workflow_id(name: str, wave: int) -> str:
     return f"job:{name}/wave:{wave}"
 
 
+_RUN_OF_SCHEDULE = re.compile(r"job:(.+)-(\d{4})-(\d\d)-(\d\d)T(\d\d):(\d\d):(\d\d)Z")
+_JOB_OF_SCHEDULE = re.compile(r"(.+)-(\d{4})(\d\d)(\d\d)T(\d\d)(\d\d)(\d\d)")
+MAX_SCHEDULE_NAME_CHARS = 47
+"""Of a job's 63: a run's name has the time behind it."""
+
+
+def job_schedule_id(name: str) -> str:
+    """Id of a schedule of jobs: `job-schedule:<name>`."""
+    return f"job-schedule:{name}"
+
+
+def scheduled_job_name(workflow_id: str) -> str | None:
+    """The name of a schedule's run, from the id that Temporal gives its workflow; None for any other id.
+
+    >>> scheduled_job_name("job:nightly-2026-11-30T02:00:00Z")
+    'nightly-20261130T020000'
+    """
+    found = _RUN_OF_SCHEDULE.fullmatch(workflow_id)
+    return "{}-{}{}{}T{}{}{}".format(*found.groups()) if found else None
+
+
+def scheduled_workflow_id(name: str) -> str:
+    """Inverse of `scheduled_job_name`; a name that is none of a schedule's run is a job's like any other.
+
+    >>> scheduled_workflow_id("nightly-20261130T020000")
+    'job:nightly-2026-11-30T02:00:00Z'
+    """
+    found = _JOB_OF_SCHEDULE.fullmatch(name)
+    return "job:{}-{}-{}-{}T{}:{}:{}Z".format(*found.groups()) if found else fleet_job_workflow_id(name)
+
+
 def diagnose_workflow_id(device_id: str, request_id: str) -> str:
     """Workflow id of one question to a device: `diagnose:<device>/<request>`."""
     return f"diagnose:{device_id}/{request_id}"
@@ -88,6 +119,11 @@ def diagnose_workflow_id(device_id: str, request_id: str) -> str:
 def shadow_workflow_id(device_id: str, shadow: str, token: str) -> str:
     """Workflow id of one wait for a device to report what is wanted: `shadow:<device>/<shadow>/<token>`."""
     return f"shadow:{device_id}/{shadow}/{token}"
+
+
+def notify_workflow_id(digest: str) -> str:
+    """Workflow id of one notification of alerts: `notify:<digest>`."""
+    return f"notify:{digest}"
 
 
 def parse_release_ref(ref: str) -> tuple[str, str]:

@@ -19,6 +19,11 @@ MAX_STATUS_DETAILS = 10
 MAX_STATUS_VALUE_CHARS = 1024
 MAX_CLIENT_TOKEN_BYTES = 64
 MAX_NOTIFIED_JOBS = 15
+MAX_DOCUMENT_BYTES = 12 * 1024
+"""Of what a fleet job adds to its document. The signed order carries it a second time, in base64, so the whole stays
+under AWS IoT's 32 KiB."""
+MAX_DOCUMENT_DEPTH = 8
+"""Deepest nesting of that."""
 
 
 class ExecutionState(StrEnum):

@@ -5,6 +5,7 @@ from enum import StrEnum
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from models.jobspec import FleetJobSpec
 from models.spec import PaceSpec, RolloutSpec
 
 
@@ -24,6 +25,8 @@ class Verdict(StrEnum):
 class Phase(StrEnum):
     """Where a rollout stands; the search attribute `TidegatePhase` and the column `jobs.phase`."""
 
+    SCHEDULED = "scheduled"
+    """A job that waits for its time."""
     PLANNING = "planning"
     WAITING_APPROVAL = "waiting-approval"
     ROLLING = "rolling"
@@ -76,6 +79,10 @@ class WaveCounts(_Frozen):
     canceled: int = 0
     gate_succeeded: int = 0
     gate_failed: int = 0
+    retrying: int = 0
+    """Of `queued`: those that have failed and wait for their next attempt."""
+    attempts_failed: int = 0
+    """Attempts that failed, those that were followed by another included."""
 
     @property
     def total(self) -> int:
@@ -141,6 +148,8 @@ class JobProgress(_Frozen):
     job_id: str = ""
     outstanding: int = 0
     """Executions of the whole job that are not terminal."""
+    retrying: int = 0
+    """Of those: devices that have failed and wait for their next attempt."""
     in_flight: int = 0
     in_flight_cap: int = 1
     per_minute: int | None = None
@@ -167,7 +176,7 @@ class PlanRolloutResult(_Frozen):
     job_no: int
     devices: int
     waves: tuple[PlannedWave, ...]
-    release_sha256: str
+    release_sha256: str = ""
     bases: tuple[tuple[str, int], ...] = ()
 
 
@@ -246,7 +255,7 @@ class RunWaveInput(_Frozen):
     wave: int
     name: str
     target_count: int
-    spec: RolloutSpec
+    spec: RolloutSpec | FleetJobSpec
     is_last: bool = False
 
 
@@ -307,7 +316,7 @@ class DriveWaveInput(_Frozen):
 
     job_no: int
     wave: int
-    spec: RolloutSpec
+    spec: RolloutSpec | FleetJobSpec
     is_last: bool = False
     mode: DriveMode = DriveMode.ANSWERING
     soaks: bool = False
@@ -379,6 +388,13 @@ class FinishRolloutInput(_Frozen):
     reason: str
     drain: bool = False
     """Wait for devices IN_PROGRESS to end (by report or deadline) before the job is closed."""
+
+
+class CancelRunningInput(_Frozen):
+    """Cancel devices IN_PROGRESS of a job that admits nobody any more, and tell them. Idempotent."""
+
+    job_no: int
+    reason: str
 
 
 class FinishRolloutResult(_Frozen):

@@ -117,7 +117,7 @@ class Settings(BaseSettings):
     shadow_history_days: int = Field(default=30, ge=1, description="How long the history of shadows is kept.")
     quarantine_days: int = Field(default=30, ge=1, description="How long messages that could not be used are kept.")
     notify_file: Path | None = Field(
-        default=None, description="YAML file with the channels that alerts are told to (docs/health.md)."
+        default=None, description="YAML file with the channels that alerts are told to (docs/alerts.md)."
     )
     gateway_metrics_port: int = Field(default=0, description="Port of the gateway's metrics; 0 picks a free one.")
     log_format: Literal["console", "json"] = Field(default="console", description="console or json.")

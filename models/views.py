@@ -86,6 +86,8 @@ class ExecutionView(_Frozen):
     updated_at: datetime | None = None
     finished_at: datetime | None = None
     deadline_at: datetime | None = None
+    retry_at: datetime | None = None
+    """While QUEUED after a failure: when the next attempt may begin."""
 
 
 class ReleaseView(_Frozen):

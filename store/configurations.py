@@ -50,6 +50,26 @@ INSERT INTO device_configurations (device_id, version, config, actor, reason) VA
 ON CONFLICT (device_id, version) DO NOTHING
 """
 
+_WANT_OF_MANY = """
+WITH chosen AS (
+    SELECT d.device_id, COALESCE(NULLIF(d.desired_config_version, 0), d.config_version) + 1 AS version FROM devices d
+    WHERE d.device_id = ANY(ARRAY(SELECT jsonb_array_elements_text(%(ids)s::jsonb)))
+      AND (d.desired_config_version = 0 OR d.desired_config IS DISTINCT FROM %(config)s::jsonb)
+    ORDER BY d.device_id FOR NO KEY UPDATE
+), wanted AS (
+    UPDATE devices d SET desired_config = %(config)s::jsonb, desired_config_version = c.version, updated_at = now(),
+      config_document_version = config_document_version + 1
+    FROM chosen c WHERE c.device_id = d.device_id RETURNING d.device_id, c.version
+), remembered AS (
+    INSERT INTO device_configurations (device_id, version, config, actor, reason)
+    SELECT device_id, version, %(config)s::jsonb, %(actor)s, %(reason)s FROM wanted
+    ON CONFLICT (device_id, version) DO NOTHING
+)
+INSERT INTO audit_events (actor, action, subject_kind, subject, reason, details)
+SELECT %(actor)s, 'configuration.wanted', 'device', device_id, %(reason)s, jsonb_build_object('version', version)
+FROM wanted
+"""
+
 _LOAD = """
 SELECT d.device_id, d.desired_config, d.desired_config_version, d.config, d.config_version, d.config_document_version,
        extract(epoch FROM c.created_at)::float8, extract(epoch FROM d.config_reported_at)::float8,
@@ -116,6 +136,15 @@ async def set_desired(
         await append_audit(connection, actor, "configuration.wanted", "device", device_id, reason, details)
     await connection.execute(_REMEMBER, (device_id, version, Jsonb(config), actor, reason))
     return int(version)
+
+
+async def want_of_many(
+    connection: AsyncConnection, device_ids: Sequence[str], config: dict[str, Any], actor: str, reason: str = ""
+) -> int:
+    """`set_desired` for many devices in one statement; of how many it was not wanted before."""
+    ids = orjson.dumps(list(device_ids)).decode()
+    arguments = {"ids": ids, "config": Jsonb(config), "actor": actor, "reason": reason}
+    return (await connection.execute(_WANT_OF_MANY, arguments)).rowcount
 
 
 def _types_differ(one: Any, other: Any) -> bool:

@@ -31,6 +31,8 @@ SELECT d.device_id, NULL, NULL FROM t JOIN devices d USING (device_id) WHERE d.b
 UNION ALL
 SELECT w.device_id, w.event, NULL FROM t JOIN device_waits w USING (device_id)
 WHERE w.event IN ('connected', 'heartbeat')
+UNION ALL
+SELECT p.device_id, 'alert', NULL FROM t JOIN alert_progress p USING (device_id)
 """
 
 _CHANGED = "excluded.boot_id IS DISTINCT FROM p.boot_id AND excluded.boot_id IS NOT NULL"
@@ -127,12 +129,13 @@ WHERE d.device_id = n.device_id
 class Standing:
     """How the devices of a batch stand: `barred` says nothing that counts, `awaited` has workflows waiting for it.
 
-    `now`: PostgreSQL's clock, in epoch seconds.
+    `watched`: on the way into an alert of a rule, or out of it (gateway/alerting.py). `now`: PostgreSQL's clock, in epoch seconds.
     """
 
     barred: frozenset[str]
     awaited: frozenset[tuple[str, DeviceHappening]]
     now: float
+    watched: frozenset[str] = frozenset()
 
 
 async def ask_standing(connection: AsyncConnection, things: Sequence[str]) -> AsyncCursor:
@@ -142,15 +145,17 @@ async def ask_standing(connection: AsyncConnection, things: Sequence[str]) -> As
 
 async def read_standing(cursor: AsyncCursor) -> Standing:
     """The answer to `ask_standing`."""
-    barred, awaited, now = set(), set(), 0.0
+    barred, awaited, watched, now = set(), set(), set(), 0.0
     for device_id, event, clock in await cursor.fetchall():
         if device_id is None:
             now = clock
         elif event is None:
             barred.add(device_id)
+        elif event == "alert":
+            watched.add(device_id)
         else:
             awaited.add((device_id, DeviceHappening(event)))
-    return Standing(frozenset(barred), frozenset(awaited), now)
+    return Standing(frozenset(barred), frozenset(awaited), now, frozenset(watched))
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,13 +12,13 @@ the caps and the breaker are exact, and there is no deadlock. Loading is one net
 
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import orjson
 from psycopg import AsyncConnection
 
-from domain.admission import COUNTERS, ExecutionRow, JobRow, Ledger, WaveRow
+from domain.admission import COUNTERS, ExecutionRow, FailedAttempt, JobRow, Ledger, WaveRow
 from domain.gate import Breaker
 from models.protocol import ExecutionState
 from models.rollout import JobStatus
@@ -30,11 +30,12 @@ CHANNEL = "tidegate_wave"
 _LOCK_JOBS = """
 SELECT job_no, job_id, operation, status, in_flight_cap, per_minute, in_flight, exposed, by_delta,
        admitted_seconds, admitted_counts, download_seconds, install_seconds, confirm_seconds,
-       target_version, target_sha256
+       target_version, target_sha256, accept_seconds, max_attempts, backoff_seconds, backoff_multiplier,
+       max_backoff_seconds, CASE WHEN operation = 'diagnostic' THEN document->'types' END
 FROM jobs
 WHERE job_no = ANY(ARRAY(
         SELECT job_no FROM executions
-        WHERE device_id = ANY(ARRAY(SELECT jsonb_array_elements_text(%(things)s::jsonb))) AND exclusive AND state IN ('PENDING','QUEUED','IN_PROGRESS')
+        WHERE device_id = ANY(ARRAY(SELECT jsonb_array_elements_text(%(things)s::jsonb))) AND state IN ('PENDING','QUEUED','IN_PROGRESS')
       ))
    OR job_id = ANY(ARRAY(SELECT jsonb_array_elements_text(%(job_ids)s::jsonb))) OR job_no = ANY(%(job_nos)s)
 ORDER BY job_no FOR UPDATE
@@ -45,11 +46,11 @@ SELECT w.job_no, w.wave, w.status, w.completion_count, w.pending, w.queued, w.in
        w.timed_out, w.rejected, w.removed, w.canceled, w.gate_succeeded, w.gate_failed,
        w.failure_weight, w.success_weight, w.halt_threshold,
        extract(epoch FROM w.tripped_at)::float8, w.tripped_failed, w.tripped_exposed,
-       extract(epoch FROM w.answered_at)::float8
+       extract(epoch FROM w.answered_at)::float8, w.retrying, w.attempts_failed
 FROM waves w
 WHERE w.job_no = ANY(ARRAY(
         SELECT job_no FROM executions
-        WHERE device_id = ANY(ARRAY(SELECT jsonb_array_elements_text(%(things)s::jsonb))) AND exclusive AND state IN ('PENDING','QUEUED','IN_PROGRESS')
+        WHERE device_id = ANY(ARRAY(SELECT jsonb_array_elements_text(%(things)s::jsonb))) AND state IN ('PENDING','QUEUED','IN_PROGRESS')
       ))
    OR w.job_no = ANY(ARRAY(SELECT job_no FROM jobs WHERE job_id = ANY(ARRAY(SELECT jsonb_array_elements_text(%(job_ids)s::jsonb)))))
    OR w.job_no = ANY(%(job_nos)s)
@@ -59,12 +60,15 @@ _EXECUTION_COLUMNS = """
 e.job_no, e.device_id, e.wave, e.state, e.version_number, e.execution_number, e.step, e.status_details,
 e.failure_class, e.reason, e.base_sha256, e.by_delta, extract(epoch FROM e.queued_at)::float8,
 extract(epoch FROM e.started_at)::float8, extract(epoch FROM e.updated_at)::float8,
-extract(epoch FROM e.finished_at)::float8, extract(epoch FROM e.deadline_at)::float8
+extract(epoch FROM e.finished_at)::float8, extract(epoch FROM e.deadline_at)::float8,
+extract(epoch FROM e.retry_at)::float8, e.boot_id,
+CASE WHEN NOT e.exclusive THEN (SELECT p.boot_id FROM presence p WHERE p.device_id = e.device_id) END,
+CASE WHEN NOT e.exclusive THEN (SELECT d.desired_config_version FROM devices d WHERE d.device_id = e.device_id) END
 """
 
 _OPEN_EXECUTIONS = f"""
 SELECT {_EXECUTION_COLUMNS} FROM executions e
-WHERE e.device_id = ANY(ARRAY(SELECT jsonb_array_elements_text(%(things)s::jsonb))) AND e.exclusive AND e.state IN ('PENDING','QUEUED','IN_PROGRESS')
+WHERE e.device_id = ANY(ARRAY(SELECT jsonb_array_elements_text(%(things)s::jsonb))) AND e.state IN ('PENDING','QUEUED','IN_PROGRESS')
 """
 
 _NAMED_EXECUTIONS = f"""
@@ -78,20 +82,22 @@ _NOW = "SELECT extract(epoch FROM clock_timestamp())::float8"
 
 _SAVE_EXECUTIONS = """
 UPDATE executions e SET
-  state = n.state, version_number = n.version_number, step = n.step, status_details = n.details,
+  state = n.state, version_number = n.version_number, execution_number = n.execution_number, step = n.step,
+  status_details = n.details, queued_at = to_timestamp(n.queued_at), retry_at = to_timestamp(n.retry_at),
+  boot_id = n.boot_id,
   failure_class = n.failure_class, reason = n.reason, by_delta = n.by_delta,
   started_at = to_timestamp(n.started_at), updated_at = to_timestamp(n.updated_at),
   finished_at = to_timestamp(n.finished_at), deadline_at = to_timestamp(n.deadline_at)
 FROM jsonb_to_recordset(%s::jsonb)
-  AS n(job_no bigint, device_id text, state text, version_number int, step text, details jsonb, failure_class text,
-       reason text, by_delta bool, started_at float8, updated_at float8, finished_at float8, deadline_at float8)
+  AS n(job_no bigint, device_id text, state text, version_number int, execution_number int, step text, details jsonb,
+       failure_class text, reason text, by_delta bool, boot_id text, queued_at float8, retry_at float8, started_at float8, updated_at float8, finished_at float8, deadline_at float8)
 WHERE e.job_no = n.job_no AND e.device_id = n.device_id
 """
 
 _SAVE_WAVE = """
 UPDATE waves SET pending = %s, queued = %s, in_progress = %s, succeeded = %s, failed = %s, timed_out = %s,
   rejected = %s, removed = %s, canceled = %s, gate_succeeded = %s, gate_failed = %s, tripped_at = to_timestamp(%s),
-  tripped_failed = %s, tripped_exposed = %s, answered_at = to_timestamp(%s)
+  tripped_failed = %s, tripped_exposed = %s, answered_at = to_timestamp(%s), retrying = %s, attempts_failed = %s
 WHERE job_no = %s AND wave = %s
 """
 
@@ -104,6 +110,25 @@ _SAVE_INSTALLED = """
 UPDATE devices d SET firmware_version = n.version, firmware_sha256 = n.sha256, updated_at = now()
 FROM jsonb_to_recordset(%s::jsonb) AS n(device_id text, version text, sha256 text)
 WHERE d.device_id = n.device_id
+"""
+
+_SAVE_FAILURES = """
+INSERT INTO execution_failures (job_no, device_id, attempt, state, failure_class, reason, details, started_at, failed_at,
+  retry_at)
+SELECT job_no, device_id, attempt, state, failure_class, reason, details, to_timestamp(started_at),
+  to_timestamp(failed_at), to_timestamp(retry_at)
+FROM jsonb_to_recordset(%s::jsonb)
+  AS n(job_no bigint, device_id text, attempt int, state text, failure_class text, reason text, details jsonb,
+       started_at float8, failed_at float8, retry_at float8)
+"""
+
+_SAVE_QUESTIONS = """
+INSERT INTO diagnostics (request_id, device_id, type, state, requested_by, job_no, execution_number, expires_at)
+SELECT n.request_id, n.device_id, n.type, 'requested', j.requested_by, n.job_no, n.attempt, to_timestamp(n.expires_at)
+FROM jsonb_to_recordset(%s::jsonb)
+  AS n(request_id text, device_id text, type text, job_no bigint, attempt int, expires_at float8)
+JOIN jobs j USING (job_no)
+ON CONFLICT (request_id) DO NOTHING
 """
 
 COUNT_NAMES = tuple(COUNTERS.values())
@@ -193,6 +218,15 @@ async def load_withdrawable(connection: AsyncConnection, job_no: int, limit: int
     return await _load_more(connection, job_no, sql, {"job_no": job_no, "limit": limit})
 
 
+async def load_running(connection: AsyncConnection, job_no: int, limit: int) -> Batch:
+    """A batch with one job and those of its executions that are in progress."""
+    sql = f"""
+        SELECT {_EXECUTION_COLUMNS} FROM executions e
+        WHERE e.job_no = %(job_no)s AND e.state = 'IN_PROGRESS' LIMIT %(limit)s
+    """
+    return await _load_more(connection, job_no, sql, {"job_no": job_no, "limit": limit})
+
+
 async def _load_more(connection: AsyncConnection, job_no: int, sql: str, arguments: dict[str, Any]) -> Batch:
     base = await load(connection, (), (), (job_no,))
     rows = await (await connection.execute(sql, arguments)).fetchall()
@@ -224,6 +258,10 @@ async def save_in_pipeline(batch: Batch) -> None:
                 await batch.connection.execute(_SAVE_WAVE, _wave_values(wave))
         if any(wave.news for wave in job.waves.values()):
             await batch.connection.execute("SELECT pg_notify(%s, %s)", (CHANNEL, str(job.job_no)))
+    if batch.ledger.failures:
+        await batch.connection.execute(_SAVE_FAILURES, (_json([_failure(f) for f in batch.ledger.failures]),))
+    if batch.ledger.questions:
+        await batch.connection.execute(_SAVE_QUESTIONS, (_json([asdict(q) for q in batch.ledger.questions]),))
     if installed := _installed(changed, batch.ledger):
         await batch.connection.execute(_SAVE_INSTALLED, (_json(installed),))
 
@@ -235,6 +273,21 @@ def _installed(changed: list[ExecutionRow], ledger: Ledger) -> list[dict[str, st
         for e in changed
         if e.state is ExecutionState.SUCCEEDED and (job := ledger.jobs[e.job_no]).target_sha256
     ]
+
+
+def _failure(failure: FailedAttempt) -> dict[str, Any]:
+    return {
+        "job_no": failure.job_no,
+        "device_id": failure.device_id,
+        "attempt": failure.attempt,
+        "state": failure.state.value,
+        "failure_class": failure.failure_class,
+        "reason": failure.reason,
+        "details": failure.details,
+        "started_at": failure.started_at,
+        "failed_at": failure.failed_at,
+        "retry_at": failure.retry_at,
+    }
 
 
 def _job(row: tuple[Any, ...]) -> JobRow:
@@ -252,6 +305,12 @@ def _job(row: tuple[Any, ...]) -> JobRow:
         phase_seconds=(row[11], row[12], row[13]),
         target_version=row[14],
         target_sha256=row[15],
+        accept_seconds=row[16],
+        max_attempts=row[17],
+        backoff_seconds=row[18],
+        backoff_multiplier=row[19],
+        max_backoff_seconds=row[20],
+        diagnostics=tuple(row[21] or ()),
     )
 
 
@@ -269,6 +328,8 @@ def _wave(row: tuple[Any, ...]) -> WaveRow:
         tripped_failed=row[19],
         tripped_exposed=row[20],
         answered_at=row[21],
+        retrying=row[22],
+        attempts_failed=row[23],
     )
 
 
@@ -282,11 +343,15 @@ def _saved(execution: ExecutionRow) -> dict[str, Any]:
         "device_id": execution.device_id,
         "state": execution.state.value,
         "version_number": execution.version_number,
+        "execution_number": execution.execution_number,
         "step": execution.step,
         "details": execution.details,
         "failure_class": execution.failure_class,
         "reason": execution.reason,
         "by_delta": execution.by_delta,
+        "boot_id": execution.boot_id,
+        "queued_at": execution.queued_at,
+        "retry_at": execution.retry_at,
         "started_at": execution.started_at,
         "updated_at": execution.updated_at,
         "finished_at": execution.finished_at,
@@ -307,6 +372,8 @@ def _wave_values(wave: WaveRow) -> tuple[Any, ...]:
         wave.tripped_failed,
         wave.tripped_exposed,
         wave.answered_at,
+        wave.retrying,
+        wave.attempts_failed,
         wave.job_no,
         wave.wave,
     )

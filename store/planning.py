@@ -1,5 +1,8 @@
 """Planning a rollout: which devices, in which order, in which waves. One transaction, one `INSERT ... SELECT`."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 import orjson
@@ -9,13 +12,13 @@ from psycopg.rows import dict_row
 from psycopg.types.json import Jsonb
 
 from domain.admission import FIRMWARE_UPDATE
-from domain.gate import breaker_of, completion_count
+from domain.gate import Breaker, breaker_of, completion_count
 from domain.waves import cut_waves
 from models.device import DeviceStatus
 from models.errors import ConflictError, NotFoundError, RefusedError
 from models.ids import parse_release_ref, rollout_job_id
 from models.rollout import PlannedWave, PlanRolloutInput, PlanRolloutResult
-from models.spec import RolloutSpec
+from models.spec import RolloutSpec, WaveSpec
 from store.engine import fetch_one
 from store.events import append_event
 from store.filters import where
@@ -44,7 +47,7 @@ async def plan_rollout(connection: AsyncConnection, request: PlanRolloutInput) -
     existing = await _existing_plan(connection, spec)
     if existing is not None:
         return existing
-    release = await _release_of(connection, spec)
+    release = await find_release(connection, f"rollout {spec.name}", spec.release)
     await connection.execute(*_targets_sql(spec, release["sha256"]))
     await _refuse_bad_targets(connection, spec, release)
     job_no = await _insert_job(connection, spec, release, request.requested_by)
@@ -52,7 +55,7 @@ async def plan_rollout(connection: AsyncConnection, request: PlanRolloutInput) -
         await _insert_executions(connection, spec, job_no)
     except psycopg.errors.UniqueViolation as error:
         raise ConflictError(f"cannot plan rollout {spec.name}: {error.diag.message_detail}") from error
-    return await _read_plan(connection, job_no)
+    return await read_plan(connection, job_no)
 
 
 async def _existing_plan(connection: AsyncConnection, spec: RolloutSpec) -> PlanRolloutResult | None:
@@ -66,17 +69,18 @@ async def _existing_plan(connection: AsyncConnection, spec: RolloutSpec) -> Plan
             f"cannot start rollout {spec.name}: a rollout of this name with another specification exists; "
             "a rollout is never changed by starting it again, so give this one another name"
         )
-    return await _read_plan(connection, row[0])
+    return await read_plan(connection, row[0])
 
 
-async def _release_of(connection: AsyncConnection, spec: RolloutSpec) -> dict[str, Any]:
-    product, version = parse_release_ref(spec.release)
+async def find_release(connection: AsyncConnection, who: str, ref: str) -> dict[str, Any]:
+    """The row of a release. Raises NotFoundError, saying that `who` cannot start."""
+    product, version = parse_release_ref(ref)
     async with connection.cursor(row_factory=dict_row) as cursor:
         await cursor.execute("SELECT * FROM releases WHERE product = %s AND version = %s", (product, version))
         release = await cursor.fetchone()
     if release is None:
         raise NotFoundError(
-            f"cannot start rollout {spec.name}: no release {spec.release}; publish it with "
+            f"cannot start {who}: no release {ref}; publish it with "
             f"'starter.py release publish IMAGE --product {product} --version {version} ...'"
         )
     return release
@@ -118,15 +122,20 @@ async def _refuse_bad_targets(connection: AsyncConnection, spec: RolloutSpec, re
             f"cannot start rollout {spec.name}: release is for hardware {', '.join(release['hardware'])}, "
             f"{wrong} of {total} targets are {types}; narrow the target or publish an image for them"
         )
-    async with connection.cursor() as cursor:
-        await cursor.execute(
-            "SELECT j.name, count(*) FROM targets t JOIN executions e USING (device_id) JOIN jobs j USING (job_no) "
-            "WHERE e.exclusive AND e.state IN ('PENDING','QUEUED','IN_PROGRESS') GROUP BY j.name ORDER BY 2 DESC, 1"
-        )
-        held = await cursor.fetchall()
+    held = await count_held(connection)
     if held:
-        others = ", ".join(f"{count} of its {total} devices are held by rollout {name}" for name, count in held)
+        others = ", ".join(f"{count} of its {total} devices are held by {name}" for name, count in held)
         raise ConflictError(f"cannot start rollout {spec.name}: {others}; wait for it, abort it, or narrow the target")
+
+
+async def count_held(connection: AsyncConnection) -> list[tuple[str, int]]:
+    """What installs firmware on devices of `targets` already (`rollout motor-1.3.0`), and on how many."""
+    cursor = await connection.execute(
+        "SELECT j.kind || ' ' || j.name, count(*) FROM targets t JOIN executions e USING (device_id) "
+        "JOIN jobs j USING (job_no) WHERE e.exclusive AND e.state IN ('PENDING','QUEUED','IN_PROGRESS') "
+        "GROUP BY 1 ORDER BY 2 DESC, 1"
+    )
+    return [(str(name), int(count)) for name, count in await cursor.fetchall()]
 
 
 async def _insert_job(connection: AsyncConnection, spec: RolloutSpec, release: dict[str, Any], by: str) -> int:
@@ -157,45 +166,72 @@ async def _insert_job(connection: AsyncConnection, spec: RolloutSpec, release: d
     return int(row[0])
 
 
-async def _insert_executions(connection: AsyncConnection, spec: RolloutSpec, job_no: int) -> None:
-    (total,) = await fetch_one(connection, "SELECT count(*) FROM targets", {})
-    cut = cut_waves(total, [wave.size for wave in spec.waves])
-    breaker = breaker_of(spec.gate)
-    upto, bounds, number = 0, [], 0
-    for wave, devices in zip(spec.waves, cut, strict=True):
-        if devices == 0:
-            continue  # an earlier wave has reached the whole fleet
-        number, upto = number + 1, upto + devices
+@dataclass(frozen=True)
+class Cut:
+    """Waves as they were cut: `bounds` are the ranks at which they end, `upto` the last of them."""
+
+    bounds: list[int]
+    upto: int
+    names: str
+
+
+async def insert_waves(
+    connection: AsyncConnection,
+    job_no: int,
+    waves: Sequence[WaveSpec],
+    *,
+    total: int,
+    completion: Fraction,
+    breaker: Breaker,
+    keep_last: bool = False,
+) -> Cut:
+    """Cut `total` devices into waves. One that gets none is left out: an earlier one has reached everybody; the last
+    stays with `keep_last`, for those who will come."""
+    sizes = cut_waves(total, [wave.size for wave in waves])
+    upto, bounds = 0, []
+    for wave, devices in zip(waves, sizes, strict=True):
+        if devices == 0 and not (keep_last and wave is waves[-1]):
+            continue
+        upto += devices
         bounds.append(upto)
         await connection.execute(
             "INSERT INTO waves (job_no, wave, name, status, target_count, completion_count, pending, failure_weight, "
             "success_weight, halt_threshold) VALUES (%s, %s, %s, 'pending', %s, %s, %s, %s, %s, %s)",
             (
                 job_no,
-                number,
+                len(bounds),
                 wave.name,
                 devices,
-                completion_count(devices, spec.completion),
+                completion_count(devices, completion),
                 devices,
                 breaker.failure_weight,
                 breaker.success_weight,
                 breaker.halt_threshold,
             ),
         )
+    names = ", ".join(f"{wave.name} {devices}" for wave, devices in zip(waves, sizes, strict=True) if devices)
+    return Cut(bounds, upto, names)
+
+
+async def _insert_executions(connection: AsyncConnection, spec: RolloutSpec, job_no: int) -> None:
+    (total,) = await fetch_one(connection, "SELECT count(*) FROM targets", {})
+    cut = await insert_waves(
+        connection, job_no, spec.waves, total=total, completion=spec.completion, breaker=breaker_of(spec.gate)
+    )
     await connection.execute(
         "INSERT INTO executions (job_no, device_id, wave, rank, exclusive, state, base_version, base_sha256) "
         "SELECT %(job_no)s, device_id, width_bucket(rank - 1, %(bounds)s::bigint[]) + 1, rank, true, 'PENDING', "
         "firmware_version, firmware_sha256 FROM targets WHERE rank <= %(upto)s",
-        {"job_no": job_no, "bounds": bounds, "upto": upto},
+        {"job_no": job_no, "bounds": cut.bounds, "upto": cut.upto},
     )
-    await connection.execute("UPDATE jobs SET devices = %s WHERE job_no = %s", (upto, job_no))
+    await connection.execute("UPDATE jobs SET devices = %s WHERE job_no = %s", (cut.upto, job_no))
     # The planner's statistics would otherwise say that the table is empty until autovacuum comes by.
     await connection.execute("ANALYZE executions")
-    names = ", ".join(f"{w.name} {n}" for w, n in zip(spec.waves, cut, strict=True) if n)
-    await append_event(connection, job_no, "planned", f"{upto} devices in {number} waves: {names}")
+    await append_event(connection, job_no, "planned", f"{cut.upto} devices in {len(cut.bounds)} waves: {cut.names}")
 
 
-async def _read_plan(connection: AsyncConnection, job_no: int) -> PlanRolloutResult:
+async def read_plan(connection: AsyncConnection, job_no: int) -> PlanRolloutResult:
+    """A plan as it stands."""
     devices, sha256 = await fetch_one(
         connection, "SELECT devices, target_sha256 FROM jobs WHERE job_no = %s", (job_no,)
     )
@@ -215,6 +251,6 @@ async def _read_plan(connection: AsyncConnection, job_no: int) -> PlanRolloutRes
         job_no=job_no,
         devices=devices,
         waves=tuple(PlannedWave(wave=w, name=n, devices=d) for w, n, d in waves),
-        release_sha256=sha256,
+        release_sha256=sha256 or "",
         bases=tuple((base, count) for base, count in bases),
     )

@@ -15,6 +15,7 @@ from psycopg.types.json import Jsonb
 
 from domain.admission import FIRMWARE_UPDATE
 from models.artifacts import DeltaRef
+from models.diagnostics import CauseView
 from models.errors import NotFoundError, RefusedError
 from models.protocol import ExecutionState, FailureClass
 from models.rollout import (
@@ -28,15 +29,36 @@ from models.rollout import (
     Verdict,
     WaveCounts,
     WaveProgress,
-    WaveStatus,
     WaveVerdict,
 )
 from models.spec import PaceSpec
 from models.views import EventView, ExecutionView, RolloutView
+from store.causes import causes, failures_to_diagnose
+from store.configurations import want_of_many
 from store.engine import Database, fetch_one
 from store.events import append_event
-from store.executions import CHANNEL, COUNT_NAMES, load_expired, load_withdrawable, save
+from store.executions import CHANNEL, load_expired, load_running, load_withdrawable, save
+from store.jobplanning import JOIN_CHUNK, join_fleet_job
 from store.planning import plan_rollout
+
+_QUEUE_WAVE = """
+UPDATE executions e SET state = 'QUEUED', queued_at = now(), updated_at = now(),
+  deadline_at = now() + make_interval(secs => j.accept_seconds)
+FROM jobs j, waves w WHERE j.job_no = e.job_no AND w.job_no = e.job_no AND w.wave = e.wave
+  AND w.status = 'pending' AND e.job_no = %s AND e.wave = %s AND e.state = 'PENDING'
+"""
+
+_WITHDRAWN = """
+SELECT e.device_id FROM executions e WHERE e.job_no = %s AND e.state = 'CANCELED' AND e.queued_at IS NOT NULL
+  AND NOT EXISTS (SELECT FROM executions o WHERE o.device_id = e.device_id AND o.state IN ('QUEUED','IN_PROGRESS'))
+ORDER BY e.wave, e.rank
+"""
+"""Not those that another job still wants something of: telling them that nothing waits would be untrue."""
+
+_UNANSWERED = """
+UPDATE diagnostics SET state = 'timed-out', error = 'its attempt ended without an answer'
+WHERE job_no = %s AND state = 'requested'
+"""
 
 _CHUNK = 5000
 """Executions moved in one transaction where many move at once, so that the job's lock is held only briefly."""
@@ -84,13 +106,7 @@ class RolloutStore:
             status = await _lock(connection, job_no)
             if status in (JobStatus.HALTED, JobStatus.FINISHED):
                 raise RefusedError(f"cannot open wave {wave} of job {job_no}: the job is {status}")
-            moved = await connection.execute(
-                "UPDATE executions e SET state = 'QUEUED', queued_at = now(), updated_at = now(), "
-                "deadline_at = now() + make_interval(secs => j.accept_seconds) "
-                "FROM jobs j, waves w WHERE j.job_no = e.job_no AND w.job_no = e.job_no AND w.wave = e.wave "
-                "AND w.status = 'pending' AND e.job_no = %s AND e.wave = %s AND e.state = 'PENDING'",
-                (job_no, wave),
-            )
+            moved = await connection.execute(_QUEUE_WAVE, (job_no, wave))
             opened = await connection.execute(
                 "UPDATE waves SET status = 'open', opened_at = clock_timestamp(), "
                 "pending = pending - %(n)s, queued = queued + %(n)s "
@@ -98,6 +114,7 @@ class RolloutStore:
                 {"n": moved.rowcount, "job_no": job_no, "wave": wave},
             )
             if opened.rowcount:
+                await _want_config(connection, job_no, wave)
                 await connection.execute(
                     "UPDATE jobs SET status = CASE status WHEN 'planned' THEN 'running' ELSE status END, "
                     "phase = CASE status WHEN 'paused' THEN phase ELSE 'rolling' END, "
@@ -126,6 +143,7 @@ class RolloutStore:
             wave=mine[0],
             job_status=JobStatus(row[0]),
             outstanding=sum(progress.counts.outstanding for progress in waves),
+            retrying=sum(progress.counts.retrying for progress in waves),
             in_flight=row[1],
             in_flight_cap=row[2],
             exposed=row[3],
@@ -163,6 +181,7 @@ class RolloutStore:
                 await connection.execute(
                     "SELECT e.device_id, e.rank FROM executions e JOIN waves w USING (job_no, wave) "
                     "WHERE e.job_no = %s AND e.wave = %s AND e.rank > w.notified_rank AND e.state = 'QUEUED' "
+                    "AND (e.retry_at IS NULL OR e.retry_at <= clock_timestamp()) "
                     "ORDER BY e.rank LIMIT %s",
                     (job_no, wave, limit),
                 )
@@ -172,6 +191,32 @@ class RolloutStore:
                     "UPDATE waves SET notified_rank = %s WHERE job_no = %s AND wave = %s", (rows[-1][1], job_no, wave)
                 )
         return [row[0] for row in rows]
+
+    async def take_due_retries(
+        self, job_no: int, wave: int, after: tuple[float, str], limit: int
+    ) -> list[tuple[float, str, int]]:
+        """(epoch seconds, device, its number) of next attempts that have become due since `after`, in their order."""
+        async with self.db.pool.connection() as connection:
+            rows = await (
+                await connection.execute(
+                    "SELECT extract(epoch FROM retry_at)::float8, device_id, execution_number FROM executions "
+                    "WHERE job_no = %s AND wave = %s AND state = 'QUEUED' AND retry_at IS NOT NULL "
+                    "AND (retry_at, device_id) > (to_timestamp(%s), %s) AND retry_at <= clock_timestamp() "
+                    "ORDER BY retry_at, device_id LIMIT %s",
+                    (job_no, wave, *after, limit),
+                )
+            ).fetchall()
+        return [(row[0], row[1], row[2]) for row in rows]
+
+    async def join(self, job_no: int) -> int:
+        """Take in devices that match a continuous job by now; how many. See store.jobplanning.join_fleet_job."""
+        joined = 0
+        while True:
+            async with self.db.pool.connection() as connection:
+                number = await join_fleet_job(connection, job_no)
+            joined += number
+            if number < JOIN_CHUNK:
+                return joined
 
     async def rewind_hints(self, job_no: int, wave: int) -> None:
         """Notify from the start again: devices that are still QUEUED."""
@@ -251,6 +296,20 @@ class RolloutStore:
             if moved == 0:
                 return
 
+    async def cancel_running(self, job_no: int, reason: str) -> list[str]:
+        """Cancel what is in progress of a job that admits nobody any more; devices to tell. Several transactions."""
+        cancelled: list[str] = []
+        while True:
+            async with self.db.pool.connection() as connection:
+                batch = await load_running(connection, job_no, _CHUNK)
+                if batch.ledger.jobs[job_no].status in (JobStatus.RUNNING, JobStatus.PLANNED):
+                    raise RefusedError(f"cannot cancel what job {job_no} has in progress: it still starts devices")
+                moved = [e.device_id for e in batch.ledger.by_key.values() if batch.ledger.cancel(e, reason, batch.now)]
+                await save(batch)
+            cancelled += moved
+            if not moved:
+                return cancelled
+
     async def finish(self, job_no: int, outcome: Outcome, reason: str) -> FinishRolloutResult:
         """Withdraw what has not started, and close the job. Repeats after a crash until all of it is done."""
         await self.withdraw(job_no, reason)
@@ -261,6 +320,7 @@ class RolloutStore:
                 (outcome, reason, job_no),
             )
             await connection.execute("UPDATE waves SET status = 'closed' WHERE job_no = %s", (job_no,))
+            await connection.execute(_UNANSWERED, (job_no,))
             if closed.rowcount:
                 await append_event(connection, job_no, "finished", f"{outcome}: {reason}")
             return await _figures(connection, job_no)
@@ -268,13 +328,7 @@ class RolloutStore:
     async def withdrawn(self, job_no: int) -> list[str]:
         """Devices whose execution was withdrawn after it had been offered to them."""
         async with self.db.pool.connection() as connection:
-            rows = await (
-                await connection.execute(
-                    "SELECT device_id FROM executions WHERE job_no = %s AND state = 'CANCELED' "
-                    "AND queued_at IS NOT NULL ORDER BY wave, rank",
-                    (job_no,),
-                )
-            ).fetchall()
+            rows = await (await connection.execute(_WITHDRAWN, (job_no,))).fetchall()
         return [row[0] for row in rows]
 
     async def in_flight(self, job_no: int) -> int:
@@ -298,6 +352,11 @@ class RolloutStore:
                 return False
             finally:
                 await asyncio.shield(_quiet(connection))
+
+    async def failures_to_diagnose(self, job_no: int) -> list[tuple[str, int]]:
+        """(device, attempt) of failed updates whose devices are to be asked: see store.causes."""
+        async with self.db.pool.connection() as connection:
+            return [(each.device_id, each.attempt) for each in await failures_to_diagnose(connection, job_no)]
 
     # --- what is shown -----------------------------------------------------------------------------------------------
 
@@ -325,6 +384,11 @@ class RolloutStore:
             ).fetchall()
             failures = {FailureClass(name): count for name, count in rows}
             return views[0].model_copy(update={"failures": failures})
+
+    async def causes(self, job_no: int) -> list[CauseView]:
+        """Its failures by cause, the most frequent first."""
+        async with self.db.pool.connection() as connection:
+            return await causes(connection, job_no)
 
     async def list_rollouts(self, limit: int = 100) -> list[RolloutView]:
         """The newest rollouts first, without failures by class."""
@@ -356,6 +420,22 @@ class RolloutStore:
             return [ExecutionView(**row) for row in await cursor.fetchall()]
 
 
+async def _want_config(connection: AsyncConnection, job_no: int, wave: int) -> None:
+    """Of a job that brings a configuration: its devices of this wave are to take it from now on."""
+    row = await (
+        await connection.execute(
+            "SELECT spec->'config', requested_by, name FROM jobs WHERE job_no = %s AND operation = 'config-sync'",
+            (job_no,),
+        )
+    ).fetchone()
+    if row is not None and row[0] is not None:
+        queued = await connection.execute(
+            "SELECT device_id FROM executions WHERE job_no = %s AND wave = %s AND state = 'QUEUED'", (job_no, wave)
+        )
+        devices = [device for (device,) in await queued.fetchall()]
+        await want_of_many(connection, devices, row[0], row[1], f"job {row[2]}")
+
+
 async def _quiet(connection: AsyncConnection) -> None:
     await connection.execute("UNLISTEN *")
     await connection.set_autocommit(False)
@@ -370,7 +450,7 @@ async def _lock(connection: AsyncConnection, job_no: int) -> JobStatus:
 
 _WAVE_COLUMNS = (
     "wave, name, status, tripped_at IS NOT NULL AS tripped, tripped_failed, tripped_exposed, opened_at, answered_at, "
-    "closed_at, verdict, reason, target_count, gate_succeeded, gate_failed, " + ", ".join(COUNT_NAMES)
+    "closed_at, verdict, reason, target_count, " + ", ".join(WaveCounts.model_fields)
 )
 
 
@@ -381,13 +461,13 @@ async def _waves(connection: AsyncConnection, job_no: int, wave: int | None = No
             "AND (%(wave)s::int IS NULL OR wave = %(wave)s) ORDER BY wave",
             {"job_no": job_no, "wave": wave},
         )
-        return [_wave_progress(row) for row in await cursor.fetchall()]
+        return [wave_progress(row) for row in await cursor.fetchall()]
 
 
-def _wave_progress(row: dict[str, Any]) -> WaveProgress:
-    counts = WaveCounts(**{name: row.pop(name) for name in (*COUNT_NAMES, "gate_succeeded", "gate_failed")})
-    verdict, status = row.pop("verdict"), WaveStatus(row.pop("status"))
-    return WaveProgress(counts=counts, verdict=Verdict(verdict) if verdict else None, status=status, **row)
+def wave_progress(row: dict[str, Any]) -> WaveProgress:
+    """A wave from its row: columns, or the same as JSON."""
+    counts = WaveCounts(**{name: row[name] for name in WaveCounts.model_fields})
+    return WaveProgress.model_validate({**row, "counts": counts})
 
 
 async def _figures(connection: AsyncConnection, job_no: int) -> FinishRolloutResult:

@@ -3,6 +3,8 @@
 from datetime import datetime
 
 from domain.gate import breaker_of
+from models.fleetjob import FleetJobProgress, FleetJobState
+from models.jobspec import FleetJobSpec
 from models.quantities import format_duration, format_share
 from models.rollout import Phase, PlannedWave, RolloutState, RunWaveInput, Verdict
 from models.spec import GateSpec, RolloutSpec
@@ -27,6 +29,27 @@ def rollout_details(spec: RolloutSpec, state: RolloutState) -> str:
     return "\n\n".join(lines)
 
 
+def fleet_job_details(spec: FleetJobSpec, state: FleetJobState, progress: FleetJobProgress) -> str:
+    """A fleet job's page: where it stands, its waves, and its figures when it is over."""
+    lines = [f"**{state.shown_phase}** {_one_line(state.reason)}".rstrip()]
+    if state.paused_by:
+        lines.append(f"Paused by {_one_line(state.paused_by)}{_said(state.pause_reason)}. No device starts.")
+    verdicts = {decided.wave: _one_line(decided.verdict.reason) for decided in state.decided}
+    for planned in state.plan.waves if state.plan else ():
+        shown = verdicts.get(planned.wave) or (str(state.shown_phase) if planned.wave == state.wave else "")
+        lines.append(f"Wave {planned.wave} ({planned.name}), {planned.devices} devices: {shown}".rstrip(": "))
+    if progress.total:
+        lines.append(
+            f"{progress.succeeded} of {progress.total} succeeded, {progress.failed} failed for good, "
+            f"{progress.withdrawn} withdrawn; {progress.attempts_failed} attempts failed"
+        )
+    elif state.plan is not None:
+        lines.append(f"Figures so far: `starter.py job show {state.name}`")
+    lines.append(f"At most {spec.max_parallel} at a time, {spec.retry.max_attempts} attempts")
+    lines.append(gate_line(spec.gate))
+    return "\n\n".join(lines)
+
+
 def wave_details(asked: RunWaveInput, phase: Phase, reason: str, soak_until: datetime | None) -> str:
     """A wave's page. Live counts are the heartbeat of its pending activity."""
     lines = [
@@ -39,8 +62,10 @@ def wave_details(asked: RunWaveInput, phase: Phase, reason: str, soak_until: dat
     return "\n\n".join(lines)
 
 
-def gate_line(gate: GateSpec) -> str:
+def gate_line(gate: GateSpec | None) -> str:
     """The breaker's boundary in numbers a person can check: an offset and a slope."""
+    if gate is None:
+        return "Gate: none, failures are counted and stop nothing"
     breaker = breaker_of(gate)
     offset = breaker.boundary(0)
     slope = breaker.boundary(1) - offset

@@ -31,6 +31,7 @@ from temporalio.common import (
 from temporalio.exceptions import WorkflowAlreadyStartedError
 from temporalio.service import RPCError, RPCStatusCode
 
+from models.diagnostics import AskDeviceInput, AskDeviceResult
 from models.identity import (
     ConfigureDeviceInput,
     ConfigureDeviceResult,
@@ -49,6 +50,7 @@ from models.lifecycle import RotateFleetInput, RotateFleetResult
 from workflows import options
 from workflows.configuration import ConfigurationWorkflow
 from workflows.decommission import DecommissionWorkflow
+from workflows.diagnostic import DiagnosticWorkflow
 from workflows.fleet_rotation import FleetRotationWorkflow
 from workflows.rotation import CertificateRotationWorkflow
 
@@ -103,6 +105,21 @@ async def start_decommission(
         id_conflict_policy=WorkflowIDConflictPolicy.FAIL,
         search_attributes=_attributes(options.KIND_DECOMMISSION, asked.device_id),
         static_summary=f"end of {asked.device_id}, {_asked_by(asked.actor, asked.reason)}"[:200],
+    )
+
+
+async def start_diagnosis(client: Client, asked: AskDeviceInput) -> WorkflowHandle[DiagnosticWorkflow, AskDeviceResult]:
+    """Start `diagnose:<device>/<request>`. Raises WorkflowAlreadyStartedError where this question was asked before."""
+    return await client.start_workflow(
+        DiagnosticWorkflow.run,
+        asked,
+        id=asked.workflow_id,
+        task_queue=options.TASK_QUEUE,
+        id_reuse_policy=WorkflowIDReusePolicy.REJECT_DUPLICATE,
+        id_conflict_policy=WorkflowIDConflictPolicy.FAIL,
+        search_attributes=_attributes(options.KIND_DIAGNOSTIC, asked.device_id),
+        static_summary=f"{asked.type} of {asked.device_id}, {_asked_by(asked.actor, asked.reason)}"[:200],
+        rpc_timeout=options.START_TIMEOUT,
     )
 
 
@@ -166,6 +183,14 @@ class TemporalFlows:
         """Start `rotate:<device>`; False: one runs already."""
         try:
             await start_rotation(self.client, asked)
+        except WorkflowAlreadyStartedError:
+            return False
+        return True
+
+    async def start_diagnosis(self, asked: AskDeviceInput, /) -> bool:
+        """Start `diagnose:<device>/<request>`; False: it was asked before."""
+        try:
+            await start_diagnosis(self.client, asked)
         except WorkflowAlreadyStartedError:
             return False
         return True

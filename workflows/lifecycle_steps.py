@@ -11,9 +11,19 @@ from temporalio.exceptions import ActivityError, ApplicationError, is_cancelled_
 
 from activities.configuration import ConfigurationActivities
 from activities.decommission import DecommissionActivities
+from activities.diagnostics import DiagnosticActivities
 from activities.fleet_rotation import FleetRotationActivities
 from activities.rotation import RotationActivities
 from activities.shadow import ShadowActivities
+from models.diagnostics import (
+    AskDeviceInput,
+    BootSeen,
+    EndedQuestion,
+    EndQuestionInput,
+    LookAtBootInput,
+    OpenedQuestion,
+    PublishQuestionInput,
+)
 from models.identity import DecommissionDeviceInput, PublishCrlsInput, PublishCrlsResult, RotateCertificateInput
 from models.lifecycle import (
     AskForRotationInput,
@@ -125,6 +135,37 @@ async def end_shadow(asked: EndShadowInput) -> ShadowSeen:
     """Wait no longer."""
     return await workflow.execute_activity_method(
         ShadowActivities.end_shadow, asked, summary="wait no longer", **_SHORT
+    )
+
+
+# --- diagnostics -----------------------------------------------------------------------------------------------------
+
+
+async def open_question(asked: AskDeviceInput) -> OpenedQuestion:
+    """Write the question."""
+    return await workflow.execute_activity_method(
+        DiagnosticActivities.open_question, asked, summary=f"{asked.type}, asked by {asked.actor}"[:100], **_SHORT
+    )
+
+
+async def publish_question(asked: PublishQuestionInput, time_number: int) -> None:
+    """Tell the device."""
+    await workflow.execute_activity_method(
+        DiagnosticActivities.publish_question, asked, summary=f"time {time_number}", **_SHORT
+    )
+
+
+async def end_question(asked: EndQuestionInput) -> EndedQuestion:
+    """What became of it."""
+    return await workflow.execute_activity_method(
+        DiagnosticActivities.end_question, asked, summary="what became of it", **_SHORT
+    )
+
+
+async def look_at_boot(asked: LookAtBootInput) -> BootSeen:
+    """Whether the device has booted."""
+    return await workflow.execute_activity_method(
+        DiagnosticActivities.look_at_boot, asked, summary="the last look" if asked.last else "has it booted?", **_SHORT
     )
 
 

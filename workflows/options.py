@@ -21,6 +21,9 @@ ARTIFACTS_QUEUE = "tidegate-artifacts"
 CA_QUEUE = "tidegate-ca"
 """Activities that sign certificates and revocation lists: only workers that have the CA's key take from it."""
 
+NOTIFY_QUEUE = "tidegate-notify"
+"""Activities that tell people: only workers that have the notify file, with its secrets, take from it."""
+
 # --- activities of other modules, by name -----------------------------------------------------------------------------
 
 PUBLISH_CRLS = "publish_crls"
@@ -71,6 +74,13 @@ ARTIFACTS_RETRY = RetryPolicy(
 )
 """Few attempts: the full image is always there, so a delta is not worth a long wait."""
 
+NOTIFY_RETRY = RetryPolicy(
+    initial_interval=timedelta(seconds=5),
+    maximum_interval=timedelta(minutes=10),
+    non_retryable_error_types=NEVER_MENDED,
+)
+"""A receiver that is away for a minute hears soon after; one that is away for the night is asked 150 times."""
+
 # --- reminders: a hint that nobody hears is sent again, ever more rarely -----------------------------------------------
 
 FIRST_REMINDER = timedelta(seconds=30)
@@ -88,6 +98,12 @@ FIRST_SHADOW_REMINDER = timedelta(seconds=5)
 
 SHADOW_REST = timedelta(seconds=1)
 """Between two looks at a device that reports something else all the time."""
+QUESTION_REPEATS = 2
+"""How often a diagnostic request is sent again within its time: devices know it by its id, and answer once."""
+
+BOOT_LOOK = timedelta(seconds=20)
+"""Between two looks at whether a device has booted, where no heartbeat tells: one that came in the moment of the wait's
+own beginning does not."""
 
 # --- timeouts --------------------------------------------------------------------------------------------------------
 
@@ -147,6 +163,15 @@ CRL_UPKEEP_LIMIT = timedelta(minutes=10)
 """How long a round waits for somebody who signs before it looks whether an alert is due; the next round is within the
 hour, and a list has days to live."""
 
+NOTIFY_TIMEOUT = timedelta(minutes=1)
+"""One attempt, which has 20 seconds, and a thread that may be waited for."""
+
+NOTIFY_LIMIT = timedelta(days=1)
+"""All attempts at one channel together. Who was not reached in a day looks at 'alert list'."""
+
+TEST_LIMIT = timedelta(minutes=1)
+"""The same of a test, for which a person waits."""
+
 # --- schedules ---------------------------------------------------------------------------------------------------------
 
 CRL_SCHEDULE = "tidegate-crl"
@@ -182,6 +207,13 @@ RETENTION_LIMIT = timedelta(minutes=50)
 CATCH_UP = timedelta(minutes=5)
 """A round that was missed is not made up for: the next one does the same. Temporal's default is a year."""
 
+JOB_CATCH_UP = timedelta(minutes=10)
+"""A job that was missed while Temporal was away is made up for within this; later it would come at a time that nobody
+has chosen."""
+
+AT_ONCE = timedelta(0)
+"""A time that is not later than this ahead has come."""
+
 # --- what a person sees ------------------------------------------------------------------------------------------------
 
 KIND_ROLLOUT = "rollout"
@@ -193,6 +225,8 @@ KIND_ROTATION = "rotation"
 KIND_DECOMMISSION = "decommission"
 KIND_UPKEEP = "upkeep"
 KIND_JOB = "job"
+JOB_SCHEDULE = "job-schedule"
+"""Kind of a schedule of jobs."""
 KIND_SHADOW = "shadow"
 KIND_DIAGNOSTIC = "diagnostic"
 KIND_NOTIFICATION = "notification"

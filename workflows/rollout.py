@@ -119,6 +119,9 @@ class RolloutWorkflow:
                 verdict = await self._hold(planned, verdict)
             if verdict.verdict is not Verdict.PROMOTE:
                 async with self._lock:  # an abort that is under way is the better explanation
+                    if state.aborted_by:
+                        # A wave that ends just as it is cancelled keeps its result, and the cancellation is lost on it.
+                        raise asyncio.CancelledError
                     return _End(Outcome.HALTED, verdict.reason)
             state.decided.append(DecidedWave(wave=planned.wave, verdict=verdict))
             self._show()

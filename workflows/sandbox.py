@@ -16,6 +16,7 @@ PASSED_THROUGH = (
     "activities",
     "workflows.options",
     "workflows.steps",
+    "workflows.job_steps",
     "workflows.lifecycle_steps",
     "workflows.provisioning_steps",
     "workflows.sandbox",

@@ -12,6 +12,7 @@ from temporalio.workflow import ActivityCancellationType, ActivityHandle
 from activities.rollouts import RolloutActivities
 from models.rollout import (
     AdjustPaceInput,
+    CancelRunningInput,
     CheckPromotableInput,
     CloseWaveInput,
     DriveWaveInput,
@@ -118,6 +119,13 @@ async def adjust_pace(asked: AdjustPaceInput) -> None:
     pace = asked.pace
     summary = f"{pace.in_flight} in flight, {pace.per_minute or 'no limit'} per minute"
     await workflow.execute_activity_method(RolloutActivities.adjust_pace, asked, summary=summary, **_SHORT)
+
+
+async def cancel_running(asked: CancelRunningInput) -> None:
+    """Cancel what is in progress."""
+    await workflow.execute_activity_method(
+        RolloutActivities.cancel_running, asked, summary="cancel what is in progress", **_LONG
+    )
 
 
 async def finish(asked: FinishRolloutInput) -> FinishRolloutResult:

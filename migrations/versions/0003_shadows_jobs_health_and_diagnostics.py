@@ -17,6 +17,15 @@ CREATE TRIGGER alerts_changed AFTER UPDATE ON alerts FOR EACH ROW
   WHEN (OLD.state IS DISTINCT FROM NEW.state) EXECUTE FUNCTION note_alert_change();
 """
 
+_FIRST_RULES = """
+INSERT INTO alert_rules (name, severity, created_by, spec) VALUES
+('overheating', 'critical', 'tidegate',
+ '{"name": "overheating", "metric": "cpuTemperature", "comparison": ">", "threshold": 80, "heartbeats": 2, "clear": 75,
+   "clear_heartbeats": 3, "severity": "critical"}'),
+('high-error-rate', 'warning', 'tidegate',
+ '{"name": "high-error-rate", "metric": "errorCount", "comparison": ">", "threshold": 100, "severity": "warning"}')
+"""
+
 revision = "0003"
 down_revision = "0002"
 branch_labels = None
@@ -42,6 +51,8 @@ def upgrade() -> None:
         unique=False,
         postgresql_where=sa.text("handed_over_at IS NULL"),
     )
+    op.create_index("alert_notifications_told", "alert_notifications", ["handed_over_at"], unique=False)
+    op.create_index("alert_notifications_of_alert", "alert_notifications", ["alert_no"], unique=False)
     op.create_table(
         "alert_progress",
         sa.Column("device_id", sa.Text(), nullable=False),
@@ -169,6 +180,16 @@ def upgrade() -> None:
     )
     op.add_column("alerts", sa.Column("severity", sa.Text(), server_default="warning", nullable=False))
     op.add_column("executions", sa.Column("retry_at", sa.DateTime(timezone=True), nullable=True))
+    op.add_column("executions", sa.Column("boot_id", sa.Text(), nullable=True))
+    op.create_index(
+        "executions_retrying",
+        "executions",
+        ["job_no", "wave", "retry_at", "device_id"],
+        unique=False,
+        postgresql_where=sa.text("state = 'QUEUED' AND retry_at IS NOT NULL"),
+    )
+    op.add_column("waves", sa.Column("retrying", sa.Integer(), server_default="0", nullable=False))
+    op.add_column("waves", sa.Column("attempts_failed", sa.Integer(), server_default="0", nullable=False))
     op.drop_index(
         op.f("executions_one_firmware_update"),
         table_name="executions",
@@ -194,6 +215,7 @@ def upgrade() -> None:
         # What no day's partition is there for goes here, so that nothing is lost while nobody makes one.
         op.execute(f"CREATE TABLE {table}_default PARTITION OF {table} DEFAULT")
     op.execute(_TELL_OF_ALERTS)
+    op.execute(_FIRST_RULES)
 
 
 def downgrade() -> None:
@@ -220,6 +242,14 @@ def downgrade() -> None:
         unique=True,
         postgresql_where="(exclusive AND (state = ANY (ARRAY['PENDING'::text, 'QUEUED'::text, 'IN_PROGRESS'::text])))",
     )
+    op.drop_column("waves", "attempts_failed")
+    op.drop_column("waves", "retrying")
+    op.drop_index(
+        "executions_retrying",
+        table_name="executions",
+        postgresql_where=sa.text("state = 'QUEUED' AND retry_at IS NOT NULL"),
+    )
+    op.drop_column("executions", "boot_id")
     op.drop_column("executions", "retry_at")
     op.drop_column("alerts", "severity")
     op.drop_index("shadows_deleted", table_name="shadows", postgresql_where=sa.text("deleted_at IS NOT NULL"))
@@ -236,6 +266,8 @@ def downgrade() -> None:
     op.drop_table("device_types")
     op.drop_table("alert_rules")
     op.drop_table("alert_progress")
+    op.drop_index("alert_notifications_of_alert", table_name="alert_notifications")
+    op.drop_index("alert_notifications_told", table_name="alert_notifications")
     op.drop_index(
         "alert_notifications_waiting",
         table_name="alert_notifications",

@@ -116,7 +116,7 @@ class AlertProgress(SQLModel, table=True):
     rule: str = Field(sa_column=Column(Text, primary_key=True))
     firing: bool = Field(default=False, sa_column=Column(Boolean, nullable=False, server_default="false"))
     breaches: int = Field(default=0, sa_column=Column(Integer, nullable=False, server_default="0"))
-    """Heartbeats in a row beyond the limit; while firing, in a row back within it."""
+    """Heartbeats in a row beyond the threshold; while firing, in a row back within the limit."""
     since: datetime | None = Field(default=None, sa_column=moment())
 
 
@@ -126,6 +126,8 @@ class AlertNotification(SQLModel, table=True):
     __tablename__ = "alert_notifications"
     __table_args__ = (
         Index("alert_notifications_waiting", "notification_no", postgresql_where=text("handed_over_at IS NULL")),
+        Index("alert_notifications_told", "handed_over_at"),
+        Index("alert_notifications_of_alert", "alert_no"),
     )
 
     notification_no: int | None = Field(

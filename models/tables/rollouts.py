@@ -146,6 +146,9 @@ class Wave(SQLModel, table=True):
     canceled: int = Field(default=0, sa_column=Column(Integer, nullable=False, server_default="0"))
     gate_succeeded: int = Field(default=0, sa_column=Column(Integer, nullable=False, server_default="0"))
     gate_failed: int = Field(default=0, sa_column=Column(Integer, nullable=False, server_default="0"))
+    retrying: int = Field(default=0, sa_column=Column(Integer, nullable=False, server_default="0"))
+    """Of `queued`: those that have failed and wait for their next attempt."""
+    attempts_failed: int = Field(default=0, sa_column=Column(Integer, nullable=False, server_default="0"))
     failure_weight: int = Field(sa_column=Column(BigInteger, nullable=False))
     success_weight: int = Field(sa_column=Column(BigInteger, nullable=False))
     halt_threshold: int = Field(sa_column=Column(BigInteger, nullable=False))
@@ -177,6 +180,14 @@ class Execution(SQLModel, table=True):
             postgresql_where=text("state IN ('PENDING','QUEUED','IN_PROGRESS')"),
         ),
         Index("executions_by_rank", "job_no", "wave", "rank", unique=True),
+        Index(
+            "executions_retrying",
+            "job_no",
+            "wave",
+            "retry_at",
+            "device_id",
+            postgresql_where=text("state = 'QUEUED' AND retry_at IS NOT NULL"),
+        ),
         {"postgresql_with": {"fillfactor": "60"}},
     )
 
@@ -202,6 +213,8 @@ class Execution(SQLModel, table=True):
     deadline_at: datetime | None = Field(default=None, sa_column=moment())
     retry_at: datetime | None = Field(default=None, sa_column=moment())
     """While QUEUED after a failure: when the next attempt may begin."""
+    boot_id: str | None = Field(default=None, sa_column=Column(Text))
+    """Of a restart: the boot in which the attempt began; success is another one."""
 
 
 class JobEvent(SQLModel, table=True):

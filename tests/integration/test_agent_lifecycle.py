@@ -156,6 +156,14 @@ async def test_a_device_from_its_enrolment_to_its_end(life: Life) -> None:
     seen = await life.value("SELECT last_heartbeat FROM presence")
     await life.until(f"SELECT last_heartbeat > '{seen}'::timestamptz + interval '2 s' FROM presence", True)
 
+    ran = await life.command("diagnose", DEVICE, "config-dump", "--json")
+    assert ran.status == 0 and json.loads(ran.out)["answer"]["config"] == {"heartbeatSeconds": 1, "mode": "eco"}
+    ran = await life.command("diagnose", DEVICE, "reboot", "--delay", "0s", "--wait", "--json")
+    assert ran.status == 0 and json.loads(ran.out)["outcome"] == "rebooted", ran
+    assert life.process is not None and life.process.returncode is None, "the same process, booted again"
+    ran = await life.command("diagnose", DEVICE, "system-info")
+    assert ran.status == 0 and "of memory" not in ran.err and "uptime" in ran.out
+
     ran = await life.command("device", "decommission", DEVICE, "--wait", "--json")
     assert ran.status == 0, ran.err
     assert json.loads(ran.out)["wiped"] is True

@@ -9,87 +9,30 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
 
-import cli.rollout
-from devstack.postgres import make_passable
-from tests.cli_runner import Ran, run
+import cli.steering
+from tests.integration.plant_setup import ROOT, Plant, fleet_of, running
 
-ROOT = Path(__file__).parent.parent.parent
 GROUPS, GROUP_SIZE = ("a", "b", "c", "d", "e", "f", "g"), 8
 OLD, NEW, BAD = b"old" * 1000, b"new" * 1000, b"bad" * 1000
 
 
-@dataclass
-class Plant:
-    """A running stack, its command line, and devices in groups that do not meet."""
-
-    folder: Path
-    up: subprocess.Popen[bytes]
-
-    @property
-    def environment(self) -> dict[str, str]:
-        return {"TIDEGATE_STATE_DIR": str(self.folder / "state"), "TIDEGATE_ACTOR": "anna"}
-
-    def run(self, *words: object) -> Ran:
-        """Run a command."""
-        return run(*words, **self.environment)
-
-    def spec(self, name: str, group: str, version: str = "1.3.0", **changes: Any) -> Path:
-        """A specification for one group of devices, in a file (JSON is YAML)."""
-        found: dict[str, Any] = {
-            "name": name,
-            "release": f"motor-controller@{version}",
-            "target": {"tags": {"group": group}},
-            "waves": [{"name": "canary", "size": "25%"}, {"name": "fleet", "size": "100%"}],
-        }
-        path = self.folder / f"{name}.yaml"
-        path.write_text(json.dumps({**found, **changes}))
-        return path
-
-    def until(self, name: str, phase: str) -> None:
-        """Wait until a rollout is in a phase."""
-        deadline = time.monotonic() + 30
-        while (found := self.run("rollout", "show", name, "--json").json["phase"]) != phase:
-            assert time.monotonic() < deadline, f"{name} is {found}, expected {phase}"
-            time.sleep(0.1)
-
-    def worker(self) -> psutil.Process:
-        """The stack's worker."""
-        children = psutil.Process(self.up.pid).children(recursive=True)
-        return next(child for child in children if any("worker.py" in part for part in child.cmdline()))
-
-
 @pytest.fixture(scope="module")
 def plant(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Plant]:
-    folder = tmp_path_factory.mktemp("plant")
-    make_passable(folder / "state")
-    command = [sys.executable, "starter.py", "up", "--open-mqtt", "--state", str(folder / "state")]
-    log = (folder / "up.log").open("wb")
-    up = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
-    _wait_for(folder / "state" / "endpoints.json", up)
-    made = Plant(folder, up)
-    _furnish(made)
-    fleet = _start_fleet(made, log)
-    yield made
-    for process in (fleet, up):
-        process.send_signal(signal.SIGTERM)
-    for process in (fleet, up):
-        process.wait(30)
-    log.close()
+    with running(tmp_path_factory.mktemp("plant")) as made:
+        _furnish(made)
+        with fleet_of(made, *_FLEET):
+            yield made
 
 
-def _wait_for(path: Path, process: subprocess.Popen[bytes]) -> None:
-    deadline = time.monotonic() + 60
-    while not path.exists():
-        assert process.poll() is None, path
-        assert time.monotonic() < deadline, path
-        time.sleep(0.05)
+_FLEET = (
+    "--simulate",
+    *("--base-version", "1.2.0", "--product", "motor-controller"),
+    *("--fault", "version=1.3.0-bad,fail=100%"),
+)
 
 
 def _furnish(plant: Plant) -> None:
@@ -108,19 +51,6 @@ def _furnish(plant: Plant) -> None:
         path.write_bytes(image)
         words = ("--product", "motor-controller", "--hardware", "motor", "--version", version)
         assert plant.run("release", "publish", path, *words, "--key", plant.folder / "release.key").status == 0
-
-
-def _start_fleet(plant: Plant, log: Any) -> subprocess.Popen[bytes]:
-    endpoints = json.loads((plant.folder / "state" / "endpoints.json").read_text())
-    command = [sys.executable, "-m", "agent.fleet", "--simulate", "--devices-file", str(plant.folder / "fleet.jsonl")]
-    command += ["--base", str(plant.folder / "1.2.0.bin"), "--base-version", "1.2.0", "--product", "motor-controller"]
-    command += ["--release-key", str(plant.folder / "release.pub")]
-    command += ["--order-key", str(Path(endpoints["order_key"]).with_suffix(".pub"))]
-    command += ["--mqtt", endpoints["open_mqtt_url"], "--poll", "2", "--retry", "0.5"]
-    command += ["--fault", "version=1.3.0-bad,fail=100%", "--ready-file", str(plant.folder / "ready")]
-    fleet = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
-    _wait_for(plant.folder / "ready", fleet)
-    return fleet
 
 
 def test_a_good_release_reaches_the_fleet_and_the_exit_status_says_so(plant: Plant) -> None:
@@ -151,6 +81,15 @@ def test_a_bad_release_is_halted_with_status_3(plant: Plant) -> None:
     assert plant.run("rollout", "watch", "bad").status == 3
     failed = plant.run("rollout", "devices", "bad", "--status", "FAILED")
     assert failed.err.strip() == "2 devices"
+    deadline = time.monotonic() + 60
+    while (cause := plant.run("rollout", "show", "bad", "--json").json["causes"][0])["diagnosed"] < 2:
+        assert time.monotonic() < deadline, cause
+        time.sleep(0.2)
+    assert (cause["failure_class"], cause["count"], cause["share"]) == ("flash", 2, 1.0)
+    assert "% of memory free" in cause["said"] and "its log ends" in cause["said"]
+    shown = plant.run("rollout", "show", "bad", "--device", cause["example"])
+    assert "its log-tail" in shown.out and f"starter.py diagnose {cause['example']}" in shown.out
+    assert plant.run("diagnose", cause["example"], "ping").status == 0
 
 
 def test_a_rollout_that_waits_for_approval_is_left_with_status_5_and_steered(plant: Plant) -> None:
@@ -222,7 +161,7 @@ def test_two_rollouts_do_not_touch_the_same_devices(plant: Plant) -> None:
 def test_without_a_worker_a_rollout_is_still_shown_and_orders_say_that_nobody_takes_them(
     plant: Plant, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cli.rollout, "ANSWER_SECONDS", 1.0)
+    monkeypatch.setattr(cli.steering, "ANSWER_SECONDS", 1.0)
     assert plant.run("rollout", "start", plant.spec("orphan", "g", approval="start")).status == 0
     worker = plant.worker()
     worker.suspend()

@@ -12,9 +12,13 @@ from typing import Any
 from temporalio.client import WorkflowHandle
 from temporalio.testing import WorkflowEnvironment
 
+from models.diagnostics import DiagnosticState, EndedQuestion
 from models.identity import DeviceHappening
 from models.lifecycle import CertificatesSeen, RotateFleetInput, RotationSeen
+from models.protocol import DiagnosticType
 from tests.replay.health_scenarios import HEALTH
+from tests.replay.job_scenarios import JOBS
+from tests.replay.notification_scenarios import NOTIFICATION
 from tests.replay.provisioning_scenarios import PROVISIONING
 from tests.workflow.life_stage import LifeStage
 from workflows.lifecycle_client import start_fleet_rotation
@@ -168,6 +172,39 @@ async def shadow_refused(stage: LifeStage) -> None:
     await stage.sync_shadow()
 
 
+async def answered(stage: LifeStage) -> None:
+    """The device answers."""
+    stage.script.question = EndedQuestion(state=DiagnosticState.ANSWERED)
+    await stage.diagnose(request_id="a" * 32)
+    await stage.until_asked("publish_question")
+    await stage.tell(DeviceHappening.DIAGNOSED, request_id="a" * 32)
+
+
+async def not_answered(stage: LifeStage) -> None:
+    """It does not."""
+    await stage.diagnose(DiagnosticType.LOG_TAIL, request_id="b" * 32, lines=20)
+
+
+async def not_asked(stage: LifeStage) -> None:
+    """It is barred."""
+    stage.script.refusal = "cannot ask it: nothing that it says is used"
+    await stage.diagnose(request_id="c" * 32)
+
+
+async def rebooted(stage: LifeStage) -> None:
+    """It reboots, and is found to be back by the second look."""
+    stage.script.question = EndedQuestion(state=DiagnosticState.ANSWERED)
+    stage.script.boots = deque([None, 12.5])
+    await stage.diagnose(DiagnosticType.REBOOT, request_id="d" * 32, wait_for_boot=True)
+
+
+async def not_rebooted(stage: LifeStage) -> None:
+    """It said that it would, and is not heard again."""
+    stage.script.question = EndedQuestion(state=DiagnosticState.ANSWERED)
+    limit = timedelta(minutes=1)
+    await stage.diagnose(DiagnosticType.REBOOT, request_id="e" * 32, wait_for_boot=True, boot_limit=limit)
+
+
 LIVES: dict[str, dict[str, Scenario]] = {
     "ConfigurationWorkflow": {
         "applied": _played(applied),
@@ -196,6 +233,15 @@ LIVES: dict[str, dict[str, Scenario]] = {
         "timed-out": _played(unconfirmed),
         "refused": _played(shadow_refused),
     },
+    "DiagnosticWorkflow": {
+        "answered": _played(answered),
+        "timed-out": _played(not_answered),
+        "refused": _played(not_asked),
+        "rebooted": _played(rebooted),
+        "not-rebooted": _played(not_rebooted),
+    },
     **PROVISIONING,
+    **JOBS,
+    **NOTIFICATION,
     **HEALTH,
 }

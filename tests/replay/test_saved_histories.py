@@ -16,6 +16,8 @@ from tests.replay.life_scenarios import LIVES
 from tests.replay.record import SCENARIOS
 from tests.replay.scenarios import REAL
 from worker import HEALTH_WORKFLOWS, LIFECYCLE_WORKFLOWS
+from workflows.fleet_job import FleetJobWorkflow
+from workflows.notification import NotificationWorkflow
 from workflows.provisioning import ProvisioningWorkflow
 from workflows.reissue import ReissueCertificateWorkflow
 from workflows.rollout import RolloutWorkflow
@@ -26,8 +28,10 @@ HISTORIES = Path(__file__).parent / "histories"
 ALL = (
     RolloutWorkflow,
     WaveWorkflow,
+    FleetJobWorkflow,
     ProvisioningWorkflow,
     ReissueCertificateWorkflow,
+    NotificationWorkflow,
     *LIFECYCLE_WORKFLOWS,
     *HEALTH_WORKFLOWS,
 )

@@ -4,24 +4,33 @@ Each check is a function from a page's text to the mistakes in it; beside each s
 """
 
 import importlib
+import json
 import re
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import orjson
 import pytest
 import typer
 
 from cli.main import app
 from cli.spec import parse_spec
+from firmware.task import TASK_PAYLOAD_TYPE, decode_task
+from models.jobspec import FleetJobSpec
 from models.settings import Settings
 from models.spec import RolloutSpec
 
 ROOT = Path(__file__).parent.parent.parent
 PAGES = [ROOT / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md")] + sorted(ROOT.glob("docs/**/*.md"))
 PROGRAMS = ("agent", "agent.fleet", "bench", "gateway")
-READ_ELSEWHERE = {"TIDEGATE_ACTOR": "cli/command.py", "TIDEGATE_TEST_DATABASE_URL": "tests/conftest.py"}
+READ_ELSEWHERE = {
+    "TIDEGATE_ACTOR": "cli/command.py",
+    "TIDEGATE_JOB_ID": "agent/custom.py",
+    "TIDEGATE_ATTEMPT": "agent/custom.py",
+    "TIDEGATE_TEST_DATABASE_URL": "tests/conftest.py",
+}
 """Variables that are no settings, and where they are read."""
 
 _LINK = re.compile(r"\]\(([^)\s]+)\)")
@@ -181,6 +190,15 @@ def test_the_readmes_specification_is_read_and_shows_the_defaults() -> None:
     [written] = re.findall(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     spec = parse_spec(written.encode(), "README.md")
     assert spec == RolloutSpec(name=spec.name, release=spec.release, target=spec.target, waves=spec.waves)
+
+
+def test_the_specification_in_the_jobs_page_is_read_and_its_document_is_strict_json() -> None:
+    page = (ROOT / "docs/jobs.md").read_text()
+    [written] = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
+    assert parse_spec(written.encode(), "jobs.md", FleetJobSpec).max_parallel == 50
+    document, task = (json.loads(text) for text in re.findall(r"```json\n(.*?)```", page, re.DOTALL))
+    assert document["order"]["payloadType"] == TASK_PAYLOAD_TYPE
+    assert decode_task(orjson.dumps(task)).payload == {"calibrate": document["calibrate"]}
 
 
 def test_the_tutorials_specifications_are_read() -> None:

@@ -178,3 +178,86 @@ def test_notices_have_the_shapes_that_aws_iot_jobs_gives_them() -> None:
         {"timestamp": 105, "jobs": {}},
         {"timestamp": 105},
     ]
+
+
+@dataclass
+class RetryingFleet:
+    """Devices of which some wait for their next attempt: what a Hinter reads, and whom it tells."""
+
+    due: list[tuple[float, str, int]]
+    fresh: list[str] = field(default_factory=list)
+    cap: int = 100
+    now: float = 1000.0
+    told: list[tuple[str, int]] = field(default_factory=list)
+
+    async def take_hints(self, job_no: int, wave: int, limit: int) -> list[str]:
+        taken, self.fresh = self.fresh[:limit], self.fresh[limit:]
+        return taken
+
+    async def take_due_retries(
+        self, job_no: int, wave: int, after: tuple[float, str], limit: int
+    ) -> list[tuple[float, str, int]]:
+        return [row for row in sorted(self.due) if row[:2] > after and row[0] <= self.now][:limit]
+
+    async def rewind_hints(self, job_no: int, wave: int) -> None:
+        """Nobody is left to tell again."""
+
+    async def progress(self, job_no: int, wave: int) -> JobProgress:
+        return self.seen(wave)
+
+    async def publish(self, topic: str, payload: bytes) -> None:
+        if topic.endswith("/notify-next"):
+            execution = orjson.loads(payload)["execution"]
+            self.told.append((execution["thingName"], execution["executionNumber"]))
+
+    def seen(self, wave: int = 1, driven: int = 1) -> JobProgress:
+        counts = WaveCounts(queued=10, retrying=len(self.due)) if wave == 1 else WaveCounts(queued=1)
+        shown = WaveProgress(wave=wave, name="all", status=WaveStatus.OPEN, counts=counts)
+        return JobProgress(
+            wave=shown, job_status=JobStatus.RUNNING, in_flight_cap=self.cap, retrying=len(self.due), job_id="_try"
+        )
+
+    def hinter(self) -> Hinter:
+        records: Any = self
+        return Hinter(records, self, clock=lambda: self.now, wall=lambda: 1_767_225_600.0)
+
+
+async def test_a_device_is_told_when_its_next_attempt_is_due_and_which_one_it_is() -> None:
+    fleet = RetryingFleet(due=[(1003.0, "d1", 2), (1003.0, "d2", 3), (1009.0, "d3", 2)])
+    hinter = fleet.hinter()
+    for moment in range(1000, 1013):
+        fleet.now = float(moment)
+        await hinter.tick(fleet.seen(), 7)
+        assert ("d1", 2) not in fleet.told or moment >= 1003
+    assert sorted(fleet.told) == [("d1", 2), ("d2", 3), ("d3", 2)], "each once, although the round rests meanwhile"
+
+
+async def test_no_more_are_told_of_their_next_attempt_than_can_begin() -> None:
+    fleet = RetryingFleet(due=[(900.0, f"d{n}", 2) for n in range(10)], cap=4)
+    hinter = fleet.hinter()
+    await hinter.tick(fleet.seen(), 7)
+    await hinter.tick(fleet.seen(), 7)
+    assert len(fleet.told) == 4
+
+
+async def test_next_attempts_in_an_earlier_wave_do_not_wait_for_the_look_at_stragglers() -> None:
+    fleet = RetryingFleet(due=[(1001.0, "d1", 2)])
+    hinter = fleet.hinter()
+    for moment in (1000.0, 1001.0, 1002.5):
+        fleet.now = moment
+        await hinter.tick(fleet.seen(wave=2), 7)
+    assert fleet.told == [("d1", 2)]
+
+
+async def test_devices_that_join_are_told_although_the_round_rests() -> None:
+    fleet = RetryingFleet(due=[])
+    hinter = fleet.hinter()
+    for _ in range(8):
+        fleet.now += 0.5
+        await hinter.tick(fleet.seen(), 7)
+    fleet.fresh = ["late-1"]
+    await hinter.tick(fleet.seen(), 7)
+    before = list(fleet.told)
+    hinter.wake(1)
+    await hinter.tick(fleet.seen(), 7)
+    assert (before, fleet.told) == ([], [("late-1", 1)])

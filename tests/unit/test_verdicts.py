@@ -3,6 +3,7 @@
 import pytest
 
 from domain.verdicts import drive_verdict, with_promotion
+from models.jobspec import FleetJobSpec
 from models.rollout import (
     DriveMode,
     DriveWaveInput,
@@ -109,3 +110,36 @@ def test_a_person_overrules_a_hold_and_never_a_halt() -> None:
     assert judged.verdict is Verdict.PROMOTE
     assert judged.reason.startswith("promoted by bob (hold: 10 of 20 answered")
     assert drive_verdict(asked(DriveMode.JUDGING, promoted_by="bob"), seen(BAD)).verdict is Verdict.HALT
+
+
+def job(**changes: object) -> FleetJobSpec:
+    """A fleet job of one wave."""
+    waves = [{"name": "all", "size": "100%"}]
+    return FleetJobSpec.model_validate({"name": "restart-all", "operation": "restart", "waves": waves} | changes)
+
+
+@pytest.mark.parametrize("mode", [DriveMode.ANSWERING, DriveMode.JUDGING])
+@pytest.mark.parametrize("counts", [GOOD, FEW, BAD, WaveCounts(failed=20, gate_failed=20), WaveCounts(canceled=20)])
+def test_without_a_gate_a_wave_that_has_answered_is_promoted_however_many_have_failed(
+    mode: DriveMode, counts: WaveCounts
+) -> None:
+    verdict = drive_verdict(DriveWaveInput(job_no=7, wave=1, spec=job(), mode=mode, is_last=True), seen(counts))
+    assert verdict.verdict is Verdict.PROMOTE
+    assert verdict.reason == f"{counts.succeeded} of {counts.total} succeeded, {counts.failed} failed"
+
+
+def test_without_a_gate_what_is_outstanding_is_waited_for() -> None:
+    asked_ = DriveWaveInput(job_no=7, wave=1, spec=job(), is_last=True)
+    assert drive_verdict(asked_, seen(HALF)).verdict is Verdict.CONTINUE
+    waiting = WaveCounts(succeeded=19, gate_succeeded=19, queued=1, retrying=1, attempts_failed=1)
+    assert drive_verdict(asked_, seen(waiting)).verdict is Verdict.CONTINUE, "one waits for its next attempt"
+
+
+def test_the_last_wave_of_a_continuous_job_does_not_end_by_itself_but_its_gate_can_halt_it() -> None:
+    calm = DriveWaveInput(job_no=7, wave=1, spec=job(membership="continuous"), is_last=True)
+    gated = DriveWaveInput(job_no=7, wave=1, spec=job(membership="continuous", gate={}), is_last=True)
+    assert [drive_verdict(calm, seen(counts)).verdict for counts in (GOOD, DEAD)] == [Verdict.CONTINUE] * 2
+    assert drive_verdict(gated, seen(GOOD)).verdict is Verdict.CONTINUE
+    assert drive_verdict(gated, seen(DEAD)).verdict is Verdict.HALT
+    assert drive_verdict(calm.model_copy(update={"is_last": False}), seen(GOOD)).verdict is Verdict.PROMOTE
+    assert drive_verdict(calm, seen(GOOD, JobStatus.HALTED)).verdict is Verdict.HALT

@@ -26,6 +26,7 @@ from models.spec import RolloutSpec
 from tests.workflow.scripted import ScriptedRollout
 from workflows import options
 from workflows.client import add_search_attributes, start_rollout
+from workflows.fleet_job import FleetJobWorkflow
 from workflows.rollout import RolloutWorkflow
 from workflows.sandbox import runner
 from workflows.wave import WaveWorkflow
@@ -81,7 +82,7 @@ async def workers(client: Client, activities: list[Any], **settings: Any) -> Asy
     """Workers of all three queues, as worker.py has them."""
     async with AsyncExitStack() as stack:
         for queue in (options.TASK_QUEUE, options.DISPATCH_QUEUE, options.ARTIFACTS_QUEUE):
-            flows = [RolloutWorkflow, WaveWorkflow] if queue == options.TASK_QUEUE else []
+            flows = [RolloutWorkflow, WaveWorkflow, FleetJobWorkflow] if queue == options.TASK_QUEUE else []
             worker = Worker(
                 client,
                 task_queue=queue,

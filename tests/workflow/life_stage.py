@@ -14,6 +14,7 @@ from temporalio.client import Client, WorkflowHandle
 from temporalio.testing import WorkflowEnvironment
 from temporalio.worker import Worker
 
+from models.diagnostics import AskDeviceInput
 from models.identity import (
     ConfigureDeviceInput,
     DecommissionDeviceInput,
@@ -21,12 +22,13 @@ from models.identity import (
     DeviceHappening,
     RotateCertificateInput,
 )
+from models.protocol import DiagnosticType
 from models.shadow import SyncShadowInput
 from tests.workflow.conftest import PATIENCE_SECONDS, SkippingServers, why_it_hangs
 from tests.workflow.scripted_life import ScriptedLife
 from worker import LIFECYCLE_WORKFLOWS
 from workflows import options
-from workflows.lifecycle_client import start_configuration, start_decommission, start_rotation
+from workflows.lifecycle_client import start_configuration, start_decommission, start_diagnosis, start_rotation
 from workflows.sandbox import runner
 from workflows.shadow_client import start_shadow_sync
 
@@ -99,6 +101,12 @@ class LifeStage:
         """Want a state of the device's shadow, and wait for it."""
         request = SyncShadowInput(device_id=self.device_id, **{"patch": {"power": "on"}, "actor": "alice", **given})
         self.started.append(await start_shadow_sync(self.environment.client, request))
+
+    async def diagnose(self, what: DiagnosticType = DiagnosticType.PING, **given: Any) -> None:
+        """Ask the device."""
+        asked = {"request_id": uuid4().hex, "actor": "alice", **given}
+        request = AskDeviceInput(device_id=self.device_id, type=what, **asked)
+        self.started.append(await start_diagnosis(self.environment.client, request))
 
     async def tell(self, happening: DeviceHappening, **detail: Any) -> None:
         """What the relay delivers."""

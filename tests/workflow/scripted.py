@@ -16,8 +16,10 @@ from temporalio.exceptions import ApplicationError, ApplicationErrorCategory
 
 from domain.gate import judge_answered
 from models.errors import ConflictError, NotFoundError, RefusedError
+from models.fleetjob import PlanFleetJobInput
 from models.rollout import (
     AdjustPaceInput,
+    CancelRunningInput,
     CheckPromotableInput,
     CloseWaveInput,
     DriveMode,
@@ -88,6 +90,9 @@ class ScriptedRollout:
     artifacts_error: str = ""
     tripped: str = ""
     answers: asyncio.Event = field(default_factory=asyncio.Event)
+    drains: bool = False
+    """Devices in progress are waited for until the test sets `drained`, or they are cancelled."""
+    drained: asyncio.Event = field(default_factory=asyncio.Event)
     asked: list[Any] = field(default_factory=list)
 
     def script(self, wave: int, mode: DriveMode, *moves: Move) -> None:
@@ -107,6 +112,14 @@ class ScriptedRollout:
     @activity.defn
     async def plan_rollout(self, asked: PlanRolloutInput) -> PlanRolloutResult:
         """The plan, or the next error of the script."""
+        return self._plan(asked)
+
+    @activity.defn
+    async def plan_fleet_job(self, asked: PlanFleetJobInput) -> PlanRolloutResult:
+        """The same for a fleet job."""
+        return self._plan(asked)
+
+    def _plan(self, asked: PlanRolloutInput | PlanFleetJobInput) -> PlanRolloutResult:
         self.asked.append(asked)
         if self.plan_errors:
             kind, message = self.plan_errors.popleft()
@@ -193,9 +206,18 @@ class ScriptedRollout:
         self.asked.append(asked)
 
     @activity.defn
+    async def cancel_running(self, asked: CancelRunningInput) -> None:
+        """Noted; devices in progress have ended."""
+        self.asked.append(asked)
+        self.drained.set()
+
+    @activity.defn
     async def finish_rollout(self, asked: FinishRolloutInput) -> FinishRolloutResult:
         """Figures of a rollout in which everyone succeeded, or nobody."""
         self.asked.append(asked)
+        while asked.drain and self.drains and not self.drained.is_set():
+            activity.heartbeat()
+            await asyncio.sleep(0.02)
         devices = sum(devices for _, devices in self.waves)
         succeeded = 0 if asked.drain else devices
         return FinishRolloutResult(devices=devices, succeeded=succeeded, exposed=devices, by_delta=succeeded)
@@ -212,6 +234,8 @@ class ScriptedRollout:
             self.set_job_status,
             self.adjust_pace,
             self.finish_rollout,
+            self.plan_fleet_job,
+            self.cancel_running,
         ]
 
 

@@ -6,11 +6,22 @@ one for each question; the last one stays.
 
 from collections import deque
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from typing import Any
 
 from temporalio import activity
 from temporalio.exceptions import ApplicationError
 
+from models.diagnostics import (
+    AskDeviceInput,
+    BootSeen,
+    DiagnosticState,
+    EndedQuestion,
+    EndQuestionInput,
+    LookAtBootInput,
+    OpenedQuestion,
+    PublishQuestionInput,
+)
 from models.errors import RefusedError
 from models.identity import DecommissionDeviceInput, PublishCrlsInput, PublishCrlsResult, RotateCertificateInput
 from models.lifecycle import (
@@ -44,6 +55,7 @@ from models.shadow import CheckShadowInput, EndShadowInput, ShadowSeen, WantShad
 OLD = CertificatesSeen(old=("old",))
 SETTLED = EndedRotation(kept="new", confirmed=True, issued=True, revoked=("old",))
 GIVEN_UP = EndedRotation(kept="old", reason="it did not come")
+SILENT = EndedQuestion(state=DiagnosticState.TIMED_OUT, text="no answer in time")
 REVERTED = EndedRotation(kept="old", issued=True, revoked=("new",), reason="it was not seen")
 
 
@@ -71,6 +83,10 @@ class ScriptedLife:
     wiped: bool = False
     behind: tuple[str, ...] = ()
     retained_error: str = ""
+    question: EndedQuestion = SILENT
+    asked_before: DiagnosticState = DiagnosticState.REQUESTED
+    boots: deque[float | None] = field(default_factory=lambda: deque([None]))
+    """Seconds after which the device is found to have booted, one for each look; the last one stays."""
     signs: bool = True
     asked: list[Any] = field(default_factory=list)
     steps: list[str] = field(default_factory=list)
@@ -236,6 +252,31 @@ class ScriptedLife:
         """Noted."""
         self._note(asked)
 
+    # --- diagnostics -------------------------------------------------------------------------------------------------
+
+    @activity.defn
+    async def open_question(self, asked: AskDeviceInput) -> OpenedQuestion:
+        """As scripted."""
+        self._first(asked)
+        return OpenedQuestion(state=self.asked_before, expires_at=datetime.now(UTC), boot_id="b1")
+
+    @activity.defn
+    async def publish_question(self, asked: PublishQuestionInput) -> None:
+        """Noted."""
+        self._note(asked)
+
+    @activity.defn
+    async def end_question(self, asked: EndQuestionInput) -> EndedQuestion:
+        """As scripted."""
+        self._note(asked)
+        return self.question
+
+    @activity.defn
+    async def look_at_boot(self, asked: LookAtBootInput) -> BootSeen:
+        """The next look; the last one stays."""
+        self._note(asked)
+        return BootSeen(seconds=self.boots.popleft() if len(self.boots) > 1 else self.boots[0])
+
     def activities(self) -> list[Any]:
         """For a worker."""
         return [
@@ -260,4 +301,8 @@ class ScriptedLife:
             self.clear_retained,
             self.alert_retained_left,
             self.end_decommission,
+            self.open_question,
+            self.publish_question,
+            self.end_question,
+            self.look_at_boot,
         ]

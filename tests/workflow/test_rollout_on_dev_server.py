@@ -10,6 +10,8 @@ from temporalio.contrib.pydantic import pydantic_data_converter
 from temporalio.service import RPCError
 from temporalio.testing import WorkflowEnvironment
 
+from models.fleetjob import StartFleetJobInput
+from models.jobspec import FleetJobSpec
 from models.rollout import (
     AdjustRolloutInput,
     DriveMode,
@@ -22,8 +24,11 @@ from models.rollout import (
     ResumeRolloutInput,
 )
 from tests.workflow.conftest import BINARIES, THREE_WAVES, Stage
+from tests.workflow.job_stage import JobStage
 from tests.workflow.scripted import HOLD, Runs, ScriptedRollout, Waits
 from workflows.client import register_search_attributes
+from workflows.fleet_job import FleetJobWorkflow
+from workflows.options import TASK_QUEUE
 from workflows.rollout import RolloutWorkflow
 
 ANSWER = DriveMode.ANSWERING
@@ -148,3 +153,26 @@ async def ids_of(live: Stage, query: str) -> list[str]:
             return found
         await asyncio.sleep(0.05)
     return []
+
+
+async def test_a_long_fleet_job_goes_on_as_a_new_run_under_the_name_it_had(server: WorkflowEnvironment) -> None:
+    await register_search_attributes(server.client)
+    stage = JobStage(server)
+    stage.script.waves = tuple((f"w{n}", 5) for n in range(1, 9))
+    spec = FleetJobSpec.model_validate(
+        {"name": "nightly", "operation": "restart", "waves": [{"name": f"w{n}", "size": 5 * n} for n in range(1, 9)]}
+    )
+    await stage.start_workers()
+    handle = await server.client.start_workflow(
+        FleetJobWorkflow.run,
+        StartFleetJobInput(spec=spec, schedule="nightly"),
+        id="job:nightly-2026-11-30T02:00:00Z",
+        task_queue=TASK_QUEUE,
+    )
+    stage.started.append(handle)
+    result = await stage.result()
+    await stage.stop_workers()
+    assert (result.outcome, result.name) == (Outcome.SUCCEEDED, "nightly-20261130T020000")
+    assert (await handle.describe()).run_id != handle.first_execution_run_id
+    assert stage.script.kinds().count("PlanFleetJob") == 1
+    assert [drive.wave for drive in stage.script.only(DriveWaveInput)] == list(range(1, 9))

@@ -129,7 +129,8 @@ async def test_a_worker_that_remembers_nothing_replays_to_the_same_end(life: Lif
     await life.until_asked("check_shadow")
     life.script.shadow_reported = True
     await life.tell(REPORTED, shadow="", version=5)
-    assert (await life.result()).outcome is SyncOutcome.CONFIRMED
+    with life.environment.auto_time_skipping_disabled():  # skipping, the server may give up on a slow replay's task
+        assert (await life.result()).outcome is SyncOutcome.CONFIRMED
     assert life.script.steps.count("want_shadow") == 1
 
 
