@@ -5,6 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DEMO ?=
 TESTS ?=
+PROCESSES ?= 2
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test check bench docs clean constraints
@@ -22,8 +23,8 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY)  ## a fleet of 60 devices, a bad release halted, a good one rolled out in waves (DEMO="--keep")
 	$(BIN)/python starter.py demo $(DEMO)
 
-test: $(READY)  ## all tests (TESTS="tests/unit -k gate" for some)
-	$(BIN)/python -m pytest $(TESTS)
+test: $(READY)  ## all tests, in two processes (TESTS="tests/unit -k gate" for some, PROCESSES=0 for none)
+	$(BIN)/python -m pytest -n $(PROCESSES) --dist loadfile $(TESTS)
 
 check: $(READY)  ## lint, format, types, imports
 	$(BIN)/ruff check .
@@ -31,7 +32,7 @@ check: $(READY)  ## lint, format, types, imports
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-bench: $(READY)  ## rollouts of 500, 2,000 and 10,000 simulated devices against the targets; lookups; provisioning
+bench: $(READY)  ## rollouts of 500, 2,000 and 10,000 simulated devices against the targets; lookups; provisioning; heartbeats
 	$(BIN)/python -m bench all --folder bench-results
 
 docs: $(READY)  ## docs/reference.md from the settings and from --help

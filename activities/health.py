@@ -61,7 +61,7 @@ class HealthActivities:
             offline=sweep.offline,
             back=sweep.back,
             alerts=sweep.alerts,
-            reason=said if sweep.listening else f"{said}; {sweep.alerts[0]}",
+            reason=said if sweep.listening else f"{said}; {sweep.deaf}",
         )
 
     @activity.defn

@@ -22,7 +22,7 @@ import orjson
 import uvloop
 from rich.console import Console
 
-from bench import heartbeats, lookups, provisioning
+from bench import heartbeats, heartbeats_report, lookups, provisioning
 from bench.report import complete, show
 from bench.rollout import IN_FLIGHT, BenchConfig, run
 from models.errors import TidegateError
@@ -95,8 +95,8 @@ def _heartbeats(options: argparse.Namespace, console: Console) -> bool:
     console.print(f"heartbeats of {config.devices:,} devices ...")
     figures = asyncio.run(heartbeats.run(config))
     _save(options, "heartbeats", figures)
-    heartbeats.show(console, figures)
-    return heartbeats.is_right(figures)
+    heartbeats_report.show(console, figures)
+    return heartbeats_report.is_right(figures)
 
 
 def is_right(figures: dict[str, Any]) -> bool:

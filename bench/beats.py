@@ -25,7 +25,7 @@ from agent.wire import connect_packet
 
 TELL_SECONDS = 0.02
 CHUNK = 200
-"""Messages in one write."""
+"""Most messages in one write, and never two of one device: a device does not say two things in one millisecond."""
 ACKNOWLEDGED_SECONDS = 20.0
 _CONNACK_BYTES = 4
 _PUBACK_BYTES = 4
@@ -132,10 +132,10 @@ async def publish(task: BeatsTask, lines: AsyncIterator[bytes]) -> None:
         await loop.create_connection(lambda session=session: session, task.host, task.port)  # type: ignore[misc]
         await session.ready
     _say("ready")
-    sent = turn = 0
+    sent, turn, chunk = 0, 0, min(CHUNK, len(task.devices) // count)
     async for line in lines:
         while (left := int(line) - sent) > 0:
-            count = min(left, CHUNK)
+            count = min(left, chunk)
             await sessions[turn % len(sessions)].send(count)
             sent, turn = sent + count, turn + 1
             await asyncio.sleep(0)

@@ -14,8 +14,6 @@ import argparse
 import asyncio
 import math
 import os
-import re
-import statistics
 import sys
 import tempfile
 import time
@@ -29,11 +27,9 @@ from urllib.parse import urlsplit
 import httpx
 import orjson
 import psycopg
-from rich.console import Console
-from rich.table import Table
 
 from bench.beats import BeatsTask
-from bench.report import BUSY_NEIGHBOUR, Target
+from bench.heartbeats_report import batches_between, missed, percentiles
 from bench.sampling import Sampler
 from devstack.broker import BrokerKind
 from devstack.stack import EmbeddedStack
@@ -56,13 +52,8 @@ PROBES = 50
 REFERENCE_SHARE = 1 / 3
 """Each reference is measured for this share of the durable part's time."""
 FEWEST_REFERENCE_SECONDS = 2.0
-PROCESSES = ("gateway", "postgresql", "broker", "publisher")
 BEATS = "SELECT coalesce(sum(uptime), 0)::bigint FROM presence"
 """A device's `uptime` says which of its heartbeats this is: their sum over the newest ones is how many there were."""
-TARGETS = (
-    Target("durable_per_second", 8_000, "heartbeats/s", most=False),
-    Target("durable_by_one_by_one", 10, "x", most=False),
-)
 
 
 @dataclass(frozen=True)
@@ -113,6 +104,8 @@ class Flow:
     at_half: list[float] = field(default_factory=list)
     """Milliseconds from publish to commit while the publishers kept their lead, and at half that rate."""
     sampler: Sampler | None = None
+    metrics: tuple[str, str] = ("", "")
+    """What the gateway said of itself before the steady part and after it."""
 
     @property
     def per_second(self) -> float:
@@ -139,11 +132,9 @@ class Bench:
         self.names = [f"beat-{number:06d}" for number in range(self.config.devices)]
         await self._import()
         async with await psycopg.AsyncConnection.connect(self.db.url, autocommit=True) as watcher:
-            before = await self._metrics()
             durable = await self._durable(watcher)
-            after = await self._metrics()
             kept = await self._kept(watcher)
-        batches = _batches(before, after)
+        batches = batches_between(*durable.metrics)
         seconds = max(FEWEST_REFERENCE_SECONDS, self.config.seconds * REFERENCE_SHARE)
         raw = await self._against("discard", "bench/{}/heartbeat", seconds)
         alone = await self._alone(round(batches["mean_messages"]) or 1, seconds)
@@ -160,8 +151,8 @@ class Bench:
             },
             "peak_memory_mib": durable.sampler.peak_mib,
             "batches": batches,
-            "latency_ms": _percentiles(durable.saturated),
-            "latency_at_half_ms": _percentiles(durable.at_half),
+            "latency_ms": percentiles(durable.saturated),
+            "latency_at_half_ms": percentiles(durable.at_half),
             "published": durable.sent,
             "acknowledged_by_broker": durable.acknowledged,
             "seconds": durable.seconds,
@@ -324,14 +315,16 @@ class Bench:
                     publisher.stdin.write(b"%d\n" % allowed)  # type: ignore[union-attr]
                 await asyncio.sleep(POLL_SECONDS)
 
-        warm = await go_on(time.monotonic() + min(WARM_SECONDS, seconds))
-        flow.latencies.clear()
+        await go_on(time.monotonic() + min(WARM_SECONDS, seconds))
+        before = await self._metrics()
         sampler = Sampler(pids or dict)
         async with sampler:
-            began = time.monotonic()
+            flow.latencies.clear()
+            warm, began = await count() - started, time.monotonic()
             flow.counted = await go_on(began + seconds) - warm
             flow.seconds = time.monotonic() - began
         flow.sampler, flow.saturated = sampler, flow.latencies.copy()
+        flow.metrics = before, await self._metrics()
         if pids is not None:
             half = flow.per_second / 2
             await go_on(time.monotonic() + min(WARM_SECONDS, seconds), half)
@@ -372,29 +365,6 @@ def _beat(name: str, number: int) -> Heartbeat:
     )
 
 
-def _batches(before: str, after: str) -> dict[str, float]:
-    """What the gateway's own metrics say of its batches between two readings."""
-
-    def grown(name: str) -> float:
-        found = [re.search(rf"^{name} (\S+)$", text, re.MULTILINE) for text in (before, after)]
-        return sum(sign * float(match[1]) for sign, match in zip((-1, 1), found, strict=True) if match)
-
-    count = grown("tidegate_gateway_batch_messages_count")
-    return {
-        "count": count,
-        "mean_messages": grown("tidegate_gateway_batch_messages_sum") / count if count else 0.0,
-        "mean_milliseconds": 1000 * grown("tidegate_gateway_batch_seconds_sum") / count if count else 0.0,
-        "tried_again": grown("tidegate_gateway_batch_retries_total"),
-    }
-
-
-def _percentiles(values: list[float]) -> dict[str, float | None]:
-    if len(values) < 2:
-        return dict.fromkeys(("p50", "p95", "p99"), None)
-    cuts = statistics.quantiles(values, n=100)
-    return {"p50": cuts[49], "p95": cuts[94], "p99": cuts[98]}
-
-
 async def run(config: HeartbeatsConfig) -> dict[str, Any]:
     """A stack in a temporary folder, the four streams on it, and everything taken down."""
     with tempfile.TemporaryDirectory(prefix="tidegate-bench-") as name:
@@ -412,69 +382,3 @@ async def run(config: HeartbeatsConfig) -> dict[str, Any]:
     given = {"devices": config.devices, "publishers": config.publishers, "lead": config.lead, "broker": broker}
     figures |= given | {"cores": os.cpu_count()}
     return figures | {"missed": missed(figures)}
-
-
-def missed(figures: dict[str, Any]) -> dict[str, str]:
-    """The targets that these figures do not reach, and by how much."""
-    found = {target.name: target.missed_by(figures[target.name]) for target in TARGETS}
-    return {name: how for name, how in found.items() if how is not None}
-
-
-def is_right(figures: dict[str, Any]) -> bool:
-    """Whether every heartbeat that the broker took is in PostgreSQL, once."""
-    return bool(
-        figures["published"] == figures["acknowledged_by_broker"] == figures["in_history"]
-        and figures["lost"] == figures["twice"] == 0
-    )
-
-
-def show(console: Console, figures: dict[str, Any]) -> None:
-    """A figure in each line, and what is missed."""
-    title = f"Heartbeats of {figures['devices']:,} devices, {figures['cores']} cores, broker {figures['broker']}"
-    table = Table(title=title, title_justify="left")
-    for name in ("", "per s", "target"):
-        table.add_column(name, justify="right" if name else "left")
-    bounds = {target.name: f">= {target.bound:,g}" for target in TARGETS}
-    for name in (
-        "durable_per_second",
-        "raw_broker_per_second",
-        "postgresql_alone_per_second",
-        "one_by_one_per_second",
-        "durable_by_one_by_one",
-    ):
-        value = figures[name]
-        shown = "not measured" if value is None else f"{value:,.1f}" if value < 100 else f"{value:,.0f}"
-        table.add_row(name, shown, bounds.get(name, ""))
-    table.add_section()
-    table.add_row("cpu_seconds_per_1000")
-    for name in PROCESSES:
-        table.add_row(f"  {name}", f"{figures['cpu_seconds_per_1000'][name]:.4f}")
-    console.print(table)
-    for line in _lines(figures):
-        console.print(line, highlight=False, style="red" if line.startswith(("missed", "WRONG")) else None)
-
-
-def _shown(latencies: dict[str, float | None]) -> str:
-    return ", ".join(f"{name} {'-' if value is None else f'{value:.0f}'}" for name, value in latencies.items())
-
-
-def _lines(figures: dict[str, Any]) -> list[str]:
-    batches = figures["batches"]
-    lines = [
-        f"{batches['count']:,.0f} batches of {batches['mean_messages']:,.0f} messages and "
-        f"{batches['mean_milliseconds']:.0f} ms on average",
-        f"ms from publish to commit, {figures['lead']:,} on the way: {_shown(figures['latency_ms'])}; "
-        f"at half that rate: {_shown(figures['latency_at_half_ms'])}",
-    ]
-    if not is_right(figures):
-        lines.append(
-            f"WRONG: {figures['published']:,} published, {figures['acknowledged_by_broker']:,} acknowledged by the broker, "
-            f"{figures['in_history']:,} in the history: {figures['lost']:,} lost, {figures['twice']:,} twice"
-        )
-    lines += [f"missed {name} {how}" for name, how in figures["missed"].items()]
-    if not figures["missed"]:
-        lines.append("both targets are met")
-    if figures["others_share_of_machine"] > BUSY_NEIGHBOUR:
-        share = f"{100 * figures['others_share_of_machine']:.0f} %"
-        lines.append(f"other programs used {share} of this machine meanwhile: measure again on a quiet one")
-    return lines

@@ -88,7 +88,10 @@ async def set_rule(
     site: Site = None,
     tag: Tag = None,
 ) -> None:
-    """Create a rule, or change it. The gateway judges by it within a few seconds; alerts that stand go on under it."""
+    """Create a rule, or replace the one of this name. The gateway judges by it within a few seconds.
+
+    Alerts that stand go on under it. What is not given is the default, not what the former rule had.
+    """
     rule = _given(name, condition, file, severity, filter_of(type_, site or [], tag or [], [], [], [], None))
     async with session.database() as db:
         await AlertRuleStore(db).set(rule, whoami())

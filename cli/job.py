@@ -1,55 +1,49 @@
 """`job start | watch | show | list | pause | resume | cancel | retry | explain | devices | failures | events | schedule`."""
 
 import sys
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
-from temporalio.exceptions import WorkflowAlreadyStartedError
 
 from cli import jobschedule
 from cli.command import Session, command, whoami
-from cli.following import follow, tell_unplanned, temporal_if_there
+from cli.following import follow, temporal_if_there
 from cli.jobexplain import why_here, why_not_in
 from cli.joboptions import Quick, Target, specification_of
 from cli.jobscreen import (
-    JobSnapshot,
+    attempts_table,
+    devices_table,
     failure_groups,
     failure_table,
     next_command,
+    row_of,
     specification,
-    what,
 )
+from cli.jobstart import begin, free_name
 from cli.jobwatch import JobWatch
 from cli.output import ExitStatus, as_dict, facts, table, when
 from cli.screen import event_text
 from cli.spec import parse_spec
-from cli.steering import PLAN_PATIENCE_SECONDS, Stay, Timeout, duration_of, steer
+from cli.steering import Stay, Timeout, duration_of, steer
 from models.device import DeviceStatus
-from models.errors import ConflictError, NotFoundError, RefusedError
+from models.errors import NotFoundError, RefusedError
 from models.fleetjob import (
     CancelFleetJobInput,
-    FailureView,
     FleetJobResult,
     FleetJobStatus,
-    FleetJobView,
     PauseFleetJobInput,
     ResumeFleetJobInput,
-    StartFleetJobInput,
 )
-from models.ids import fleet_job_workflow_id
 from models.jobspec import FleetJobSpec, Membership
 from models.protocol import DiagnosticType, ExecutionState, JobOperation
 from models.rollout import JobStatus, Phase
-from models.views import ExecutionView
-from store.engine import Database
 from store.fleetjobs import FleetJobStore
 from store.registry import Registry
 from workflows.fleet_job import FleetJobWorkflow
-from workflows.fleet_jobs_client import JobHandle, fleet_job_handle, start_fleet_job
+from workflows.fleet_jobs_client import JobHandle, fleet_job_handle
 
 app = typer.Typer(help="Fleet jobs: one thing on many devices, now, later or again and again.", no_args_is_help=True)
 app.add_typer(jobschedule.app, name="schedule")
@@ -132,7 +126,7 @@ async def start(
         spec = parse_spec(sys.stdin.buffer.read(), "standard input", FleetJobSpec)
     else:
         spec = specification_of(spec_or_name, quick, target)
-    return await _start(session, spec, wait, timeout, stay)
+    return await begin(session, spec, wait, timeout, stay)
 
 
 @command(app, "retry")
@@ -149,10 +143,10 @@ async def retry(
         view = await FleetJobStore(db).get(name)
         if not view.progress.failed:
             raise RefusedError(f"cannot retry job {name}: no device of it has failed for good")
-        chosen = new_name or await _free_name(db, name)
+        chosen = new_name or await free_name(db, name)
     once = {"name": chosen, "retry_of": name, "membership": Membership.SNAPSHOT, "start_at": None, "end_at": None}
     spec = FleetJobSpec.model_validate({**view.spec, **once})
-    return await _start(session, spec, wait, timeout, stay)
+    return await begin(session, spec, wait, timeout, stay)
 
 
 @command(app, "watch")
@@ -194,8 +188,8 @@ async def show(
     origin = [("requested by", view.requested_by), ("schedule", view.schedule), *times]
     shown: list[Any] = [found.screen, "", facts([*specification(found.spec), *origin])]
     shown += ["", failure_table(groups)] if groups else []
-    shown += [_failures_table(attempts)] if attempts else []
-    shown += [_devices_table(places)] if places else []
+    shown += [attempts_table(attempts)] if attempts else []
+    shown += [devices_table(places)] if places else []
     more: dict[str, Any] = {"failure_groups": [vars(group) for group in groups]}
     more |= {"devices": [as_dict(e) for e in places]} if devices else {}
     more |= {"failures": [as_dict(f) for f in attempts]} if failures else {}
@@ -216,7 +210,7 @@ async def list_jobs(
     """List jobs, the newest first."""
     async with session.database() as db:
         found = await FleetJobStore(db).list(limit, status or ())
-    rows = [_row(view) for view in found]
+    rows = [row_of(view) for view in found]
     columns = ("job", "operation", "state", "devices", "ok", "failed", "in progress", "waiting", "planned", "reason")
     numbers = ("devices", "ok", "failed", "in progress", "waiting")
     session.out.result(
@@ -275,7 +269,7 @@ async def explain(
     pairs += [("state", f"{found.state}, attempt {found.execution_number} of {job.max_attempts}"), ("why", why)]
     names = ("queued_at", "started_at", "updated_at", "finished_at", "deadline_at", "retry_at", "status_details")
     pairs += [(field.replace("_", " "), getattr(found, field)) for field in names]
-    shown = [facts(pairs), _failures_table(failed)] if failed else [facts(pairs)]
+    shown = [facts(pairs), attempts_table(failed)] if failed else [facts(pairs)]
     session.out.result({**as_dict(found), "why": why, "failures": [as_dict(f) for f in failed]}, shown)
 
 
@@ -293,7 +287,7 @@ async def devices(
         store = FleetJobStore(db)
         await store.get(name)
         found = await store.executions(name, status, limit)
-    session.out.result({"devices": [as_dict(e) for e in found]}, [_devices_table(found)] if found else [])
+    session.out.result({"devices": [as_dict(e) for e in found]}, [devices_table(found)] if found else [])
     session.out.say(f"{len(found)} device{'' if len(found) == 1 else 's'}")
 
 
@@ -306,7 +300,7 @@ async def failures(
         store = FleetJobStore(db)
         await store.get(name)
         found = await store.failures(name, limit)
-    session.out.result({"failures": [as_dict(f) for f in found]}, [_failures_table(found)] if found else [])
+    session.out.result({"failures": [as_dict(f) for f in found]}, [attempts_table(found)] if found else [])
     session.out.say(f"{len(found)} failed attempt{'' if len(found) == 1 else 's'}")
 
 
@@ -324,74 +318,6 @@ async def events(
 
 
 # --- inside ----------------------------------------------------------------------------------------------------------
-
-
-async def _start(
-    session: Session, spec: FleetJobSpec, wait: bool, timeout: str | None, stay: bool | None
-) -> ExitStatus:
-    limit = duration_of(timeout)
-    async with session.database() as db:
-        await _refuse_known(db, spec.name)
-        client = await session.temporal()
-        try:
-            await start_fleet_job(client, StartFleetJobInput(spec=spec, requested_by=whoami()))
-        except WorkflowAlreadyStartedError as error:
-            raise ConflictError(
-                f"cannot start job {spec.name}: it is running already; 'job watch {spec.name}' shows it, "
-                "another job needs another name"
-            ) from error
-        watching = JobWatch(session, db, spec.name, client)
-        later = spec.start_at is not None and spec.start_at > datetime.now(UTC)
-        planned = await watching.until_planned(0 if later else PLAN_PATIENCE_SECONDS)
-        if isinstance(planned, FleetJobResult):
-            await watching.close()
-            return tell_unplanned("job", session.out, planned)
-        _tell_started(session, spec, planned, wait, later)
-        if not wait:
-            await watching.close()
-            return ExitStatus.SUCCEEDED
-        return await follow(watching, limit, stay)
-
-
-def _tell_started(session: Session, spec: FleetJobSpec, planned: JobSnapshot | None, waits: bool, later: bool) -> None:
-    workflow_id = fleet_job_workflow_id(spec.name)
-    link = session.ui_link(workflow_id)
-    total = planned.view.progress.total if planned else None
-    made: dict[str, Any] = {"name": spec.name, "operation": spec.operation, "workflow_id": workflow_id}
-    made |= {"job_no": planned.view.job_no if planned else None, "devices": total, "ui_url": link}
-    plan = f"starts at {when(spec.start_at)}" if later else f"{total} devices" if planned else "being planned"
-    pairs = [("job", spec.name), ("operation", what(spec)), ("plan", plan), ("UI", link)]
-    session.out.result(made, [facts(pairs), ""] if waits else facts([*pairs, ("watch", f"job watch {spec.name}")]))
-    if planned is None and not later:
-        session.out.say(
-            f"no plan within {PLAN_PATIENCE_SECONDS:.0f} s; a large fleet takes longer, but is a worker running?"
-        )
-
-
-async def _refuse_known(db: Database, name: str) -> None:
-    """A name that has ended is not started again: its devices, events and figures belong to that job."""
-    try:
-        known = await FleetJobStore(db).get(name)
-    except NotFoundError:
-        return
-    if known.outcome is not None:
-        raise RefusedError(
-            f"cannot start job {name}: a job of this name has ended ({known.outcome}, {when(known.finished_at)}); "
-            "give this one another name"
-        )
-
-
-async def _free_name(db: Database, name: str) -> str:
-    """`NAME-retry`, or with a number behind it where that exists."""
-    number = 1
-    while True:
-        end = "-retry" if number == 1 else f"-retry{number}"
-        chosen = name[: 63 - len(end)].rstrip(".-") + end
-        try:
-            await FleetJobStore(db).get(chosen)
-        except NotFoundError:
-            return chosen
-        number += 1
 
 
 async def _steer(
@@ -418,28 +344,3 @@ async def _not_running(session: Session, name: str) -> RefusedError | NotFoundEr
             f"job {name} stands at {known.phase}, but its workflow does not run; start it again with its specification"
         )
     return RefusedError(f"job {name} has ended ({known.outcome}): {known.reason}")
-
-
-def _row(view: FleetJobView) -> tuple[object, ...]:
-    p = view.progress
-    return (view.name, view.operation, view.outcome or view.phase, p.total, p.succeeded, p.failed, p.in_progress,
-            p.waiting, when(view.created_at), view.reason)  # fmt: skip
-
-
-def _devices_table(found: Sequence[ExecutionView]) -> Table:
-    columns = ("device", "wave", "state", "attempt", "step", "failure", "updated", "next attempt", "reason")
-    rows = [
-        (e.device_id, f"{e.wave} {e.wave_name}", e.state, e.execution_number, e.step, e.failure_class, e.updated_at,
-         e.retry_at, e.reason)
-        for e in found
-    ]  # fmt: skip
-    return table("", columns, rows, right=("attempt",))
-
-
-def _failures_table(found: Sequence[FailureView]) -> Table:
-    rows = [
-        (f.device_id, f.attempt, f.state, f.failure_class, f.failed_at, f.retry_at or "none", f.reason) for f in found
-    ]
-    return table(
-        "", ("device", "attempt", "state", "failure", "failed", "next attempt", "reason"), rows, right=("attempt",)
-    )

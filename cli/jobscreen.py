@@ -19,7 +19,7 @@ from models.jobspec import FleetJobSpec, Membership
 from models.protocol import JobOperation
 from models.quantities import format_duration, format_share
 from models.rollout import JobStatus, Outcome, Phase, WaveProgress, WaveStatus
-from models.views import EventView
+from models.views import EventView, ExecutionView
 
 MEANING = {Phase.HOLDING: "job resume, or job cancel", Phase.PAUSED: "job resume"}
 TEXTS_SHOWN = 3
@@ -242,3 +242,31 @@ def failure_table(groups: Sequence[FailureGroup]) -> Table:
         more = ", ..." if group.devices > len(group.examples) else ""
         rows.append((group.failure, group.devices, "; ".join(texts), ", ".join(group.examples) + more))
     return table("", ("failure", "devices", "in their words", "for example"), rows, right=("devices",))
+
+
+def row_of(view: FleetJobView) -> tuple[object, ...]:
+    """A job in the list of jobs."""
+    p = view.progress
+    return (view.name, view.operation, view.outcome or view.phase, p.total, p.succeeded, p.failed, p.in_progress,
+            p.waiting, when(view.created_at), view.reason)  # fmt: skip
+
+
+def devices_table(found: Sequence[ExecutionView]) -> Table:
+    """A row per device."""
+    columns = ("device", "wave", "state", "attempt", "step", "failure", "updated", "next attempt", "reason")
+    rows = [
+        (e.device_id, f"{e.wave} {e.wave_name}", e.state, e.execution_number, e.step, e.failure_class, e.updated_at,
+         e.retry_at, e.reason)
+        for e in found
+    ]  # fmt: skip
+    return table("", columns, rows, right=("attempt",))
+
+
+def attempts_table(found: Sequence[FailureView]) -> Table:
+    """A row per failed attempt."""
+    rows = [
+        (f.device_id, f.attempt, f.state, f.failure_class, f.failed_at, f.retry_at or "none", f.reason) for f in found
+    ]
+    return table(
+        "", ("device", "attempt", "state", "failure", "failed", "next attempt", "reason"), rows, right=("attempt",)
+    )

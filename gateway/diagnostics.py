@@ -84,8 +84,7 @@ async def order_reboots(
             async with await AsyncConnection.connect(database_url, autocommit=True) as listener:
                 await listener.execute(f"LISTEN {REBOOT_CHANNEL}".encode())
                 while not stop.is_set():
-                    named = [notice.payload async for notice in listener.notifies(timeout=LISTEN_SECONDS, stop_after=1)]
-                    for request_id in named:
+                    for request_id in await _named(listener, stop):
                         wanted = await open_reboot(listener, request_id)
                         if wanted is not None:
                             publish(*signer.request(wanted, int(time.time())))
@@ -94,3 +93,19 @@ async def order_reboots(
             log.warning("cannot hear of reboots to order, trying again", reason=str(error).strip()[:200])
             with suppress(TimeoutError):
                 await asyncio.wait_for(stop.wait(), RETRY_SECONDS)
+
+
+async def _named(listener: AsyncConnection, stop: asyncio.Event) -> list[str]:
+    """The next notification's request, if one comes before `stop` is set."""
+
+    async def heard() -> list[str]:
+        return [notice.payload async for notice in listener.notifies(timeout=LISTEN_SECONDS, stop_after=1)]
+
+    hearing, stopping = asyncio.ensure_future(heard()), asyncio.ensure_future(stop.wait())
+    try:
+        await asyncio.wait([hearing, stopping], return_when=asyncio.FIRST_COMPLETED)
+        return hearing.result() if hearing.done() else []
+    finally:
+        for task in (hearing, stopping):
+            task.cancel()
+        await asyncio.gather(hearing, stopping, return_exceptions=True)

@@ -3,6 +3,7 @@
 Answers are built while the Ledger is at hand and published only after it has been committed.
 """
 
+import dataclasses
 from typing import Any
 
 import orjson
@@ -59,6 +60,8 @@ def _start_next(request: Request, ledger: Ledger, documents: Documents, now: flo
 def _update(request: Request, ledger: Ledger, documents: Documents, now: float) -> list[Outgoing]:
     topic, report = request.topic, request.report
     assert report is not None and topic.job_id is not None
+    if request.duplicate:
+        report = dataclasses.replace(report, repeated=True)
     execution = ledger.find(topic.job_id, topic.thing)
     applied = request.duplicate and ledger.has_applied(execution, report)
     refusal = None if applied else ledger.report(execution, report, now)

@@ -181,7 +181,7 @@ class Gateway:
             self.connection.acknowledge([receipt])
             return
         parsed = self._parse_topic(topic)
-        said = _NO_TOPIC if parsed is None else parse_request(parsed, payload)
+        said = _NO_TOPIC if parsed is None else _judge(parsed, payload)
         if duplicate and isinstance(said, Request):
             said.duplicate = True
         if not self.waiting:
@@ -407,6 +407,15 @@ class Gateway:
                         failed=wave.tripped_failed,
                         exposed=wave.tripped_exposed,
                     )
+
+
+def _judge(topic: RequestTopic, payload: bytes) -> Request | BadRequest:
+    """What a message says. A defect that one of them meets must not leave it with the broker for ever."""
+    try:
+        return parse_request(topic, payload)
+    except Exception as error:
+        log.exception("message cannot be read", verb=topic.verb, thing=topic.thing)
+        return BadRequest(ErrorCode.INTERNAL_ERROR, f"the request could not be read: {error!r}"[:300], shadow_code=500)
 
 
 def _read(inbounds: Sequence[Inbound]) -> Read:

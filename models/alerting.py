@@ -75,6 +75,7 @@ SEVERITIES = {
     "broker-behind": Severity.CRITICAL,
     "ingest-silent": Severity.CRITICAL,
     "site-offline": Severity.CRITICAL,
+    "reboot-refused": Severity.CRITICAL,
     "certificate-ending": Severity.WARNING,
     "claim-rate": Severity.WARNING,
     "device-offline": Severity.WARNING,

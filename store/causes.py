@@ -35,11 +35,13 @@ WITH failed AS (
     ORDER BY finished_at, device_id LIMIT %(per_job)s
 )
 SELECT c.device_id, c.execution_number FROM chosen c
-WHERE (SELECT count(*) FROM diagnostics d WHERE d.job_no = %(job_no)s AND d.device_id = c.device_id
+WHERE c.finished_at > now() - interval '1 day'
+  AND (SELECT count(*) FROM diagnostics d WHERE d.job_no = %(job_no)s AND d.device_id = c.device_id
        AND d.execution_number = c.execution_number) < %(questions)s
 ORDER BY c.finished_at, c.device_id
 """
-"""First by the time of failure, so that later failures never change who was chosen before."""
+"""First by the time of failure, so that later failures never change who was chosen before. What failed a day ago is not
+asked about any more: the device would tell of other things, and questions that old may have been deleted."""
 
 _GROUPS = f"""
 WITH spoken AS (

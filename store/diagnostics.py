@@ -46,8 +46,8 @@ REBOOT_RULE = "reboot-refused"
 STRANGE_REFUSALS = 5
 """Refusals that nobody ordered and that are audited, of one device in 15 minutes: an honest one locks after as many."""
 
-_BELIEVED = """
-SELECT EXISTS (SELECT FROM devices WHERE device_id = %(device)s) AND count(*) < %(most)s FROM (
+_LATELY = """
+SELECT EXISTS (SELECT FROM devices WHERE device_id = %(device)s), count(*) FROM (
     SELECT FROM audit_events WHERE subject_kind = 'device' AND subject = %(device)s
     AND action = 'device.reboot-refused' AND at > now() - interval '15 minutes' LIMIT %(most)s
 ) AS lately
@@ -180,22 +180,21 @@ async def answer_questions(connection: AsyncConnection, answers: Sequence[Diagno
     for request_id, device_id, what, error, _ in over:
         if what == DiagnosticType.REBOOT and error is not None:
             await _note_refused_reboot(connection, device_id, request_id, error)
-    strange = {
-        answer.device_id: answer
-        for answer in first.values()
-        if answer.refused_order and answer.request_id not in {row[0] for row in over}
-    }
-    for device_id, answer in strange.items():
-        if await _is_believed(connection, device_id):
+    counted = {row[0] for row in over}
+    strange: dict[str, list[DiagnosticAnswer]] = {}
+    for answer in first.values():
+        if answer.refused_order and answer.request_id not in counted:
+            strange.setdefault(answer.device_id, []).append(answer)
+    for device_id, refusals in strange.items():
+        for answer in refusals[: await _room_for_refusals(connection, device_id)]:
             await _note_refused_reboot(connection, device_id, answer.request_id, answer.error or "")
     return len(over)
 
 
-async def _is_believed(connection: AsyncConnection, device_id: str) -> bool:
-    """Whether a device may add to the audit once more."""
-    cursor = await connection.execute(_BELIEVED, {"device": device_id, "most": STRANGE_REFUSALS})
-    row = await cursor.fetchone()
-    return row is not None and bool(row[0])
+async def _room_for_refusals(connection: AsyncConnection, device_id: str) -> int:
+    """How many refusals a device may still add to the audit by itself; none for one that is not in the registry."""
+    row = await (await connection.execute(_LATELY, {"device": device_id, "most": STRANGE_REFUSALS})).fetchone()
+    return max(0, STRANGE_REFUSALS - int(row[1])) if row is not None and row[0] else 0
 
 
 async def _note_refused_reboot(connection: AsyncConnection, device_id: str, request_id: str, error: str) -> None:

@@ -32,6 +32,8 @@ FAILED_STATES = ("FAILED", "TIMED_OUT", "REJECTED")
 """Ends that `retry_of` takes up: not those of devices that were withdrawn or have left."""
 JOIN_CHUNK = 5000
 """Devices that join in one transaction."""
+CONFIG_CHUNK = 2000
+"""Devices whose configuration is set in one transaction: about a quarter of a second."""
 
 
 async def plan_fleet_job(connection: AsyncConnection, asked: PlanFleetJobInput) -> PlanRolloutResult:
@@ -273,6 +275,33 @@ async def _insert_job(
     values = ", ".join(f"%({name})s" for name in columns)
     sql = f"INSERT INTO jobs ({', '.join(columns)}) VALUES ({values}) RETURNING job_no"
     return int((await fetch_one(connection, sql, columns))[0])
+
+
+async def want_config_of_wave(connection: AsyncConnection, job_no: int, wave: int, after: str) -> str | None:
+    """Of a job that brings a configuration: the next devices of a wave that opens are to take it from now on.
+
+    Some thousand at a time, because their rows are locked meanwhile, and the gateway has to get at them. Returns the last
+    of these devices; None where no device is left behind `after`, or the job brings none.
+    """
+    row = await (
+        await connection.execute(
+            "SELECT j.spec->'config', j.requested_by, j.name FROM jobs j JOIN waves w USING (job_no) "
+            "WHERE j.job_no = %s AND w.wave = %s AND w.status = 'pending' AND j.operation = 'config-sync'",
+            (job_no, wave),
+        )
+    ).fetchone()
+    if row is None or row[0] is None:
+        return None
+    cursor = await connection.execute(
+        "SELECT device_id FROM executions WHERE job_no = %s AND wave = %s AND state = 'PENDING' AND device_id > %s "
+        "ORDER BY device_id LIMIT %s",
+        (job_no, wave, after, CONFIG_CHUNK),
+    )
+    devices = [device for (device,) in await cursor.fetchall()]
+    if not devices:
+        return None
+    await want_of_many(connection, devices, row[0], row[1], f"job {row[2]}")
+    return str(devices[-1])
 
 
 def document_of(spec: FleetJobSpec) -> dict[str, Any]:

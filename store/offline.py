@@ -95,16 +95,19 @@ class Sweep:
     offline: int
     back: int
     alerts: tuple[str, ...]
+    deaf: str = ""
+    """Why nobody can be heard; an alert, where there is somebody to be heard."""
 
 
 async def sweep_offline(connection: AsyncConnection, limit: timedelta) -> Sweep:
     """Bring `presence.offline_since` and its alerts to what is true now. `limit` holds where the type has none."""
     values = {"limit": limit.total_seconds(), "gap": MAX_GAP}
-    silent = await _judge_ingest(connection)
+    deaf, expected = await _judge_ingest(connection)
     back = await _count(connection, _TAKE_BACK, values)
-    offline = 0 if silent else await _count(connection, _MARK, values)
-    sites = () if silent else await _judge_sites(connection, offline)
-    return Sweep(not silent, offline, back, (silent, *sites) if silent else sites)
+    if deaf:
+        return Sweep(False, 0, back, (deaf,) if expected else (), deaf)
+    offline = await _count(connection, _MARK, values)
+    return Sweep(True, offline, back, await _judge_sites(connection, offline))
 
 
 async def _count(connection: AsyncConnection, statement: str, values: dict[str, object]) -> int:
@@ -113,18 +116,18 @@ async def _count(connection: AsyncConnection, statement: str, values: dict[str, 
     return int(row[0])
 
 
-async def _judge_ingest(connection: AsyncConnection) -> str:
-    """Empty while devices can be heard; else why not, which is an alert where there are devices to be heard."""
+async def _judge_ingest(connection: AsyncConnection) -> tuple[str, bool]:
+    """Empty while devices can be heard, else why not; and whether there are devices to be heard: then it is an alert."""
     row = await (await connection.execute(_PULSE)).fetchone()
     assert row is not None
     now, pulsed_at, expected = row
     if pulsed_at is not None and now - pulsed_at < MAX_GAP:
         await resolve_alert(connection, INGEST_SILENT, SOURCE, ACTOR)
-        return ""
+        return "", expected
     text = _deaf(now, pulsed_at)
     if expected:
         await connection.execute(_OPEN, (INGEST_SILENT, SOURCE, text, "critical", REPEAT))
-    return text
+    return text, expected
 
 
 def _deaf(now: datetime, pulsed_at: datetime | None) -> str:

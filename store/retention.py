@@ -4,6 +4,7 @@ from datetime import timedelta
 
 from psycopg import sql
 
+from domain.shadow import KEPT_HOURS
 from store.engine import Database
 from store.partitions import delete_in_pieces
 
@@ -13,6 +14,7 @@ _OLD = {
     "quarantine": "at < now() - {age}",
     "alert_notifications": "handed_over_at < now() - {age}",
     "diagnostics": "state <> 'requested' AND COALESCE(answered_at, expires_at) < now() - {age}",
+    "shadows": f"deleted_at < now() - interval '{KEPT_HOURS} hours'",
 }
 """Conditions by table. What is decided and done (audit, jobs, executions and their events, alerts) is not among them."""
 

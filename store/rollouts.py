@@ -34,11 +34,10 @@ from models.rollout import (
 from models.spec import PaceSpec
 from models.views import EventView, ExecutionView, RolloutView
 from store.causes import causes, failures_to_diagnose
-from store.configurations import want_of_many
 from store.engine import Database, fetch_one
 from store.events import append_event
 from store.executions import CHANNEL, load_expired, load_running, load_withdrawable, save
-from store.jobplanning import JOIN_CHUNK, join_fleet_job
+from store.jobplanning import JOIN_CHUNK, join_fleet_job, want_config_of_wave
 from store.planning import plan_rollout
 
 _QUEUE_WAVE = """
@@ -56,9 +55,10 @@ ORDER BY e.wave, e.rank
 """Not those that another job still wants something of: telling them that nothing waits would be untrue."""
 
 _UNANSWERED = """
-UPDATE diagnostics SET state = 'timed-out', error = 'its attempt ended without an answer'
-WHERE job_no = %s AND state = 'requested'
+UPDATE diagnostics d SET state = 'timed-out', error = 'its attempt ended without an answer' FROM jobs j
+WHERE d.job_no = %s AND d.state = 'requested' AND j.job_no = d.job_no AND j.operation = 'diagnostic'
 """
+"""Those of a diagnostic job: what a failed update is asked about has a workflow that ends it."""
 
 _CHUNK = 5000
 """Executions moved in one transaction where many move at once, so that the job's lock is held only briefly."""
@@ -102,6 +102,13 @@ class RolloutStore:
 
     async def open_wave(self, job_no: int, wave: int) -> WaveProgress:
         """PENDING executions of the wave become QUEUED and admission begins. Opening an open wave does nothing."""
+        after = ""
+        while True:
+            async with self.db.pool.connection() as connection:
+                last = await want_config_of_wave(connection, job_no, wave, after)
+            if last is None:
+                break
+            after = last
         async with self.db.pool.connection() as connection:
             status = await _lock(connection, job_no)
             if status in (JobStatus.HALTED, JobStatus.FINISHED):
@@ -114,7 +121,6 @@ class RolloutStore:
                 {"n": moved.rowcount, "job_no": job_no, "wave": wave},
             )
             if opened.rowcount:
-                await _want_config(connection, job_no, wave)
                 await connection.execute(
                     "UPDATE jobs SET status = CASE status WHEN 'planned' THEN 'running' ELSE status END, "
                     "phase = CASE status WHEN 'paused' THEN phase ELSE 'rolling' END, "
@@ -418,22 +424,6 @@ class RolloutStore:
         async with self.db.pool.connection() as connection, connection.cursor(row_factory=dict_row) as cursor:
             await cursor.execute(sql, {"limit": 1, **arguments})
             return [ExecutionView(**row) for row in await cursor.fetchall()]
-
-
-async def _want_config(connection: AsyncConnection, job_no: int, wave: int) -> None:
-    """Of a job that brings a configuration: its devices of this wave are to take it from now on."""
-    row = await (
-        await connection.execute(
-            "SELECT spec->'config', requested_by, name FROM jobs WHERE job_no = %s AND operation = 'config-sync'",
-            (job_no,),
-        )
-    ).fetchone()
-    if row is not None and row[0] is not None:
-        queued = await connection.execute(
-            "SELECT device_id FROM executions WHERE job_no = %s AND wave = %s AND state = 'QUEUED'", (job_no, wave)
-        )
-        devices = [device for (device,) in await queued.fetchall()]
-        await want_of_many(connection, devices, row[0], row[1], f"job {row[2]}")
 
 
 async def _quiet(connection: AsyncConnection) -> None:

@@ -297,14 +297,6 @@ async def clear_shadows(connection: AsyncConnection, device_id: str) -> int:
     return int(row[0]) if row else 0
 
 
-async def purge_deleted(connection: AsyncConnection) -> int:
-    """Forget the versions of shadows that were deleted long ago; how many."""
-    cursor = await connection.execute(
-        f"DELETE FROM shadows WHERE deleted_at < now() - interval '{KEPT_HOURS} hours'".encode()
-    )
-    return cursor.rowcount
-
-
 async def _at_hand(connection: AsyncConnection, device_id: str, name: str) -> tuple[LoadedShadow, float]:
     shadows = await load_shadows(connection, [(device_id, name)])
     row = await (await connection.execute("SELECT extract(epoch FROM clock_timestamp())::float8")).fetchone()

@@ -1,8 +1,9 @@
-"""Fixtures of the enrolment tests: a Temporal that keeps its clock, certificate authorities, workers, the HTTPS server."""
+"""Fixtures: a Temporal that keeps its clock, certificate authorities, the enrolment server, a receiver of notifications."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
+import pytest
 import pytest_asyncio
 from temporalio.client import Client
 from temporalio.contrib.pydantic import pydantic_data_converter
@@ -10,6 +11,7 @@ from temporalio.testing import WorkflowEnvironment
 
 from store.engine import Database
 from tests.integration.enrolment_setup import Door, Pki, serving, working
+from tests.integration.notification_setup import Receiver
 from tests.workflow.conftest import BINARIES
 from workflows.client import register_search_attributes
 
@@ -37,3 +39,12 @@ async def door(db: Database, temporal: Client, pki: Pki) -> AsyncIterator[Door]:
     """The enrolment server, and workers behind it. What runs is ended with the test."""
     async with working(db, temporal, pki), serving(db, temporal, pki) as door:
         yield door
+
+
+@pytest.fixture
+def receiver() -> Iterator[Receiver]:
+    """One for a test."""
+    receiver = Receiver().start()
+    yield receiver
+    receiver.server.shutdown()
+    receiver.server.server_close()

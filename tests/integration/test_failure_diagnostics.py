@@ -11,6 +11,7 @@ from typing import Any
 import orjson
 import pytest
 import pytest_asyncio
+from psycopg.types.json import Jsonb
 from temporalio.client import Client
 from temporalio.service import RPCError, RPCStatusCode
 
@@ -127,6 +128,23 @@ async def test_a_device_is_asked_until_every_question_has_been_opened(db: Databa
         assert await chosen(fleet, db) == ["motor-1"]
         async with db.pool.connection() as connection:
             await open_question(connection, question(fleet, "motor-1", what, number))
+    assert await chosen(fleet, db) == []
+
+
+async def test_a_rollout_that_ends_leaves_its_questions_to_those_who_wait_for_the_answers(db: Database) -> None:
+    fleet = await prepare(db, 1)
+    await fail(db, fleet.plan.job_no, "motor-1")
+    asked = question(fleet, "motor-1", DiagnosticType.SYSTEM_INFO, 1)
+    async with db.pool.connection() as connection:
+        await open_question(connection, asked)
+    await fleet.store.finish(fleet.plan.job_no, Outcome.HALTED, "halt")
+    async with db.pool.connection() as connection:
+        assert await answer_questions(connection, [DiagnosticAnswer("motor-1", asked.request_id, {"uptime": 1})]) == 1
+
+
+async def test_what_failed_a_day_ago_is_not_asked_about_any_more(db: Database) -> None:
+    fleet = await prepare(db, 1)
+    await fail(db, fleet.plan.job_no, "motor-1", ago=86_500)
     assert await chosen(fleet, db) == []
 
 
@@ -314,7 +332,12 @@ async def test_no_answer_of_a_device_reaches_a_terminal_as_more_than_text(db: Da
         asked = question(fleet, "motor-1", DiagnosticType.REBOOT, 99)
         await open_question(connection, asked)
         await answer_questions(connection, [DiagnosticAnswer("motor-1", asked.request_id, None, HOSTILE)])
+        details = Jsonb({HOSTILE: HOSTILE, "step": HOSTILE})
+        await connection.execute("UPDATE executions SET status_details = %s, base_version = %s", (details, HOSTILE))
+        await connection.execute("UPDATE devices SET firmware_version = %s, barred_reason = %s", (HOSTILE, HOSTILE))
     for words in (
+        ("device", "show", "motor-1"),
+        ("device", "list"),
         ("diagnose", "motor-1"),
         ("rollout", "show", "motor-1.3.0", "--device", "motor-1"),
         ("rollout", "show", "motor-1.3.0"),

@@ -267,6 +267,24 @@ async def test_config_sync_wants_the_configuration_of_its_devices_and_believes_o
     assert (failed.state, failed.reason) == (ExecutionState.FAILED, "reported success with configVersion 0, expected 1")
 
 
+async def test_a_configuration_is_wanted_in_parts_of_the_wave_that_opens_alone(
+    db: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store.jobplanning, "CONFIG_CHUNK", 4)
+    await add_devices(db, 20)
+    waves = [{"name": "first", "size": "50%"}, {"name": "rest", "size": "100%"}]
+    plan = await plan_job(db, job("sync", "config-sync", config={"interval": 5}, waves=waves))
+    wanted = await rows(
+        db,
+        "SELECT e.wave, count(*) FROM executions e JOIN devices d USING (device_id) WHERE d.desired_config_version = 1 "
+        "GROUP BY 1",
+    )
+    assert wanted == [(1, 10)]
+    await RolloutStore(db).open_wave(plan.job_no, 2)
+    assert await rows(db, "SELECT count(*) FROM devices WHERE desired_config = '{\"interval\": 5}'") == [(20,)]
+    assert await rows(db, "SELECT count(*) FROM device_configurations") == [(20,)]
+
+
 async def test_config_sync_without_a_configuration_is_for_devices_that_have_one_to_take(db: Database) -> None:
     await add_devices(db, 3)
     with pytest.raises(RefusedError, match="has a configuration to take"):
@@ -391,3 +409,17 @@ async def test_without_the_look_at_time_a_next_attempt_would_come_at_once(
     why_not = Ledger.why_not
     monkeypatch.setattr(Ledger, "why_not", lambda self, execution, now: why_not(self, execution, now + 7200))
     assert await attempt(db, "motor-1", "_try", FAILED)
+
+
+async def test_a_rollout_grants_one_attempt_and_its_failures_are_kept_as_well(db: Database) -> None:
+    await add_devices(db, 2)
+    await add_release(db, generate_private_key())
+    plan = await RolloutStore(db).plan(PlanRolloutInput(spec=specification()))
+    await RolloutStore(db).open_wave(plan.job_no, 1)
+    assert await attempt(db, "motor-1", "motor-1_3_0", FAILED)
+    found = await rows(db, "SELECT device_id, attempt, state, reason, retry_at FROM execution_failures")
+    assert found == [("motor-1", 1, "FAILED", "no memory", None)]
+    assert await rows(db, "SELECT state, execution_number FROM executions WHERE device_id = 'motor-1'") == [
+        ("FAILED", 1)
+    ]
+    assert await miscounted(db, plan.job_no) == []

@@ -58,7 +58,8 @@ async def gateway(db: Database, broker: Broker, fleet: Fleet, folder: Path) -> A
 
 @dataclass
 class Devices:
-    """Five hundred devices on a few connections, which ask one after the other and note how long an answer takes."""
+    """Five hundred devices on a few connections, which ask and say that they live, one after the other, and note how long
+    an answer takes."""
 
     broker: Broker
     names: list[str]
@@ -90,6 +91,7 @@ class Devices:
                         self.taken.append(UNANSWERED_SECONDS)
                     self.asked[name] = time.perf_counter()
                     self.sessions[number % CONNECTIONS].publish(jobs_topic(name, "get"), b"{}")
+                    self.sessions[number % CONNECTIONS].publish(heartbeat_topic(name), b'{"uptime":7}')
                 turn += 1
             await asyncio.sleep(0.002)
 

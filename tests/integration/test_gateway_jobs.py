@@ -279,3 +279,36 @@ async def test_what_postgresql_refuses_is_isolated_and_nothing_of_its_batch_is_h
     finally:
         async with db.pool.connection() as connection:
             await connection.execute("ALTER TABLE presence DROP CONSTRAINT test_refused")
+
+
+async def test_a_message_that_the_reader_has_a_defect_for_is_kept_and_over(
+    db: Database, broker: Broker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import gateway.service
+
+    original = gateway.service.parse_request
+
+    def defective(topic: Any, payload: bytes) -> Any:
+        if topic.thing == "motor-2":
+            raise RecursionError("a defect that only this message meets")
+        return original(topic, payload)
+
+    fleet = await prepare(db, 3)
+    with monkeypatch.context() as patched:
+        patched.setattr(gateway.service, "parse_request", defective)
+        async with open_door(db, broker, fleet, "gateway-defect") as door:
+            accepted, answer = (await asyncio.gather(door.ask("motor-1", "get"), ask_for_token(door, "motor-2")))[0]
+            assert accepted and len(answer["queuedJobs"]) == 1
+    async with open_door(db, broker, fleet, "gateway-defect") as door:
+        await door.ask("motor-3", "get")
+        assert "motor-2" not in door.answers, "it was acknowledged, so it does not come again"
+    async with db.pool.connection() as connection:
+        kept = await (await connection.execute("SELECT thing, code FROM quarantine")).fetchall()
+    assert kept == [("motor-2", "InternalError")]
+
+
+async def ask_for_token(door: Door, thing: str) -> None:
+    """A request whose answer carries no token, for nobody could read it."""
+    await door.client.publish(jobs_topic(thing, "get"), b"{}", qos=1)
+    body = await door.wait_for(thing, "rejected")
+    assert body["code"] == "InternalError"

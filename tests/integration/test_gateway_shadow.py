@@ -10,6 +10,7 @@ import pytest
 
 import gateway.service
 import gateway.shadow
+from domain.shadow import Document
 from gateway.documents import Documents
 from gateway.service import Gateway
 from models.identity import DeviceHappening
@@ -112,6 +113,20 @@ async def test_a_version_that_is_not_the_current_one_is_a_conflict_and_changes_n
         assert (await ask(door, "motor-1", "delete", {"version": 7}))["code"] == 409
         assert (await desire(door, "motor-1", {"a": 3}, version=1))["version"] == 2
     assert await rows(db, "SELECT desired, version FROM shadows") == [({"a": 3}, 2)]
+
+
+@pytest.mark.parametrize("mutant", [False, True])
+async def test_of_two_that_write_what_they_have_read_one_is_told_or_its_word_would_be_lost(
+    db: Database, broker: Broker, monkeypatch: pytest.MonkeyPatch, mutant: bool
+) -> None:
+    if mutant:
+        real = Document.updated
+        monkeypatch.setattr(Document, "updated", lambda self, patch, now, _expected=None: real(self, patch, now))
+    async with shadow_door(db, broker) as door:
+        await report(door, "motor-1", {"count": 1})
+        answers = await asyncio.gather(*(report(door, "motor-1", {"count": 2}, version=1) for _ in range(2)))
+    assert sorted(answer.get("code", 0) for answer in answers) == [0, 0 if mutant else 409]
+    assert await rows(db, "SELECT reported FROM shadows") == [({"count": 2},)]
 
 
 async def test_limits_are_judged_after_the_merge(db: Database, broker: Broker) -> None:

@@ -7,9 +7,8 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
 from datetime import timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -42,6 +41,7 @@ from store.notifications import NotificationStore
 from store.rotation import ENDING_ALERT
 from tests.cli_runner import run
 from tests.conftest import Broker
+from tests.integration.notification_setup import PATH_SECRET, SECRET, WRONG, Receiver, channels, hot, taken
 from tests.integration.rollout_setup import add_devices, prepare
 from tests.integration.test_gateway_identity import rows, until
 from tests.integration.test_gateway_jobs import open_door
@@ -52,57 +52,9 @@ from workflows.client import register_search_attributes
 from workflows.notification import NotificationWorkflow
 from workflows.sandbox import runner
 
-SECRET, WRONG = "whsec_C2FVsBQIhrscChlQIMV+b5sSYspob7oD", "whsec_AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA"
-PATH_SECRET = "/path-secret"
 SOON = timedelta(0)
 APPRISE = pytest.mark.filterwarnings("ignore:'imghdr' is deprecated:DeprecationWarning")
 """Apprise imports it before it looks whether there is another."""
-
-
-@dataclass
-class Receiver:
-    """An HTTP server on loopback that keeps what it is sent."""
-
-    failures: int = 0
-    """Requests it refuses before it takes one."""
-    requests: list[tuple[dict[str, str], bytes]] = field(default_factory=list)
-    taken: list[dict[str, Any]] = field(default_factory=list)
-    on_request: Callable[[], None] = lambda: None
-    server: Any = None
-
-    def start(self) -> "Receiver":
-        receiver = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                body = self.rfile.read(int(self.headers["content-length"]))
-                receiver.requests.append(({k.lower(): v for k, v in self.headers.items()}, body))
-                receiver.on_request()
-                refused = len(receiver.requests) <= receiver.failures
-                if not refused:
-                    receiver.taken.append(json.loads(body))
-                self.send_response(503 if refused else 204)
-                self.end_headers()
-
-            def log_message(self, *arguments: Any) -> None:
-                """Nothing."""
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
-        return self
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server.server_address[1]}{PATH_SECRET}"
-
-
-@pytest.fixture
-def receiver() -> Iterator[Receiver]:
-    """One for a test."""
-    receiver = Receiver().start()
-    yield receiver
-    receiver.server.shutdown()
-    receiver.server.server_close()
 
 
 @pytest_asyncio.fixture(scope="module")
@@ -136,14 +88,6 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(activities.notification_relay, "POLL_SECONDS", 0.05)
 
 
-def channels(folder: Path, receiver: Receiver, **given: Any) -> Path:
-    path = folder / "notify.yaml"
-    ops = {"name": "ops", "kind": "webhook", "url": receiver.url, "secret": SECRET} | given
-    path.write_text(json.dumps({"channels": [ops]}))
-    path.chmod(0o600)
-    return path
-
-
 @asynccontextmanager
 async def telling(
     db: Database, server: WorkflowEnvironment, file: Path, gather: timedelta = SOON
@@ -159,22 +103,6 @@ async def telling(
         finally:
             stop.set()
             await asyncio.wait_for(running, 20)
-
-
-async def hot(db: Database, count: int, rule: str = "overheating") -> None:
-    """Alerts of devices motor-1 ..., each in a transaction of its own."""
-    async with db.pool.connection() as connection:
-        for number in range(1, count + 1):
-            await raise_alert(connection, rule, f"motor-{number}", f"motor-{number}: cpuTemperature is 99")
-            await connection.commit()
-
-
-async def taken(receiver: Receiver, count: int) -> list[dict[str, Any]]:
-    async def enough() -> bool:
-        return len(receiver.taken) >= count
-
-    await until(enough, 40)
-    return receiver.taken
 
 
 async def result(db: Database, server: WorkflowEnvironment, rule: str = "overheating") -> NotifyResult:

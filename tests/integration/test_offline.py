@@ -1,12 +1,13 @@
 """Who is offline, as the sweep sees it: by limits of types, with alerts, and only of silence that was listened to."""
 
 import asyncio
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
 
 import store.offline
+from domain.presence import Coverage, is_silent
 from models.device import DeviceFilter, DeviceStatus
 from store.alerts import AlertStore
 from store.engine import Database
@@ -100,6 +101,19 @@ async def test_retired_and_barred_devices_are_left_out_and_taken_out(db: Databas
     await rows(db, "UPDATE devices SET barred_at = now() WHERE device_id = 'motor-4' RETURNING 1")
     await sweep(db)
     assert await offline(db) == [] and await standing(db) == []
+
+
+@pytest.mark.parametrize("covered_minutes", [1, 9, 11, 30])
+async def test_the_statement_goes_by_the_rule(db: Database, covered_minutes: int) -> None:
+    await add_devices(db, 30)
+    await hear(db, covered_minutes)
+    for number in range(1, 31):
+        await heard(db, f"motor-{number}", number - 0.5)
+    await sweep(db)
+    now = datetime.now(UTC)
+    covered = Coverage(now - timedelta(minutes=covered_minutes), now)
+    expected = [f"motor-{n}" for n in range(1, 31) if is_silent(now - timedelta(minutes=n - 0.5), LIMIT, covered, now)]
+    assert await offline(db) == sorted(expected) and bool(expected) == (covered_minutes > 10)
 
 
 async def after_an_outage(db: Database) -> list[str]:

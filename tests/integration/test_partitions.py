@@ -141,8 +141,17 @@ async def test_upkeep_makes_both_tables_partitions_and_deletes_what_is_old(db: D
             "(1, 'answered', now() - interval '31 days'), (2, 'answered', now()), (3, 'requested', NULL), "
             "(4, 'timed-out', NULL)) v(i, s, t)"
         )
+        await connection.execute(
+            "INSERT INTO shadows (device_id, name, version, updated_at, deleted_at) "
+            "SELECT 'm', h::text, 1, now(), now() - make_interval(hours => h) FROM unnest(ARRAY[47, 49]) h"
+        )
     upkeep = HealthActivities(db)
     kept = await upkeep.keep_history(KeepHistoryInput())
-    assert len(kept.made) == 8 and kept.deleted == {"quarantine": 2, "alert_notifications": 1, "diagnostics": 2}
+    assert len(kept.made) == 8 and kept.deleted == {
+        "quarantine": 2,
+        "alert_notifications": 1,
+        "diagnostics": 2,
+        "shadows": 1,
+    }
     again = await upkeep.keep_history(KeepHistoryInput())
     assert (again.made, again.dropped, again.deleted) == ((), (), {})

@@ -17,6 +17,7 @@ from temporalio.client import Client
 
 import gateway.shadow
 import store.shadow_syncing as syncing
+import store.shadows as shadows
 from activities.relay import OutboxRelay
 from agent.client import Broker as Address
 from agent.client import JobsClient, Patience
@@ -27,8 +28,10 @@ from models.settings import Settings
 from models.shadow import CheckShadowInput, EndShadowInput, SyncOutcome, SyncShadowInput, WantShadowInput
 from store.access import bar, change_access
 from store.engine import Database
+from store.lifecycle import standing
+from store.retention import delete_old
 from store.shadow_syncing import ShadowSyncStore
-from store.shadows import clear_shadows, delete_shadow, get_shadow, purge_deleted, save_shadows, set_desired
+from store.shadows import clear_shadows, delete_shadow, get_shadow, save_shadows, set_desired
 from store.waits import happened
 from tests.agent_standin import serving_artifacts
 from tests.cli_runner import Ran, run
@@ -293,19 +296,54 @@ async def test_a_report_is_seen_or_finds_the_wait_at_whichever_moment_it_comes(d
             assert bool(await rows(db, "SELECT FROM device_waits")) is False
 
 
+async def without_lock(connection: Any, device_id: str, **_: Any) -> Any:
+    """`store.lifecycle.standing`, and nobody is kept from changing anything."""
+    return await standing(connection, device_id)
+
+
 @pytest.mark.parametrize("mutant", [False, True])
-async def test_a_look_waits_for_a_report_that_is_being_taken_or_both_would_miss_each_other(
+async def test_a_change_from_here_waits_for_a_batch_or_one_of_the_two_is_lost(
     db: Database, broker: Broker, monkeypatch: pytest.MonkeyPatch, mutant: bool
 ) -> None:
-    loaded, go_on, save, look = asyncio.Event(), asyncio.Event(), save_shadows, syncing.standing
+    loaded, go_on, save = asyncio.Event(), asyncio.Event(), save_shadows
 
     async def slowly(*arguments: Any) -> None:
         loaded.set()
         await go_on.wait()
         await save(*arguments)
 
-    async def without_lock(connection: Any, device_id: str, **_: Any) -> Any:
-        return await look(connection, device_id)
+    monkeypatch.setattr(gateway.shadow, "save_shadows", slowly)
+    if mutant:
+        monkeypatch.setattr(shadows, "_LOCK", "SELECT %s::jsonb")
+        monkeypatch.setattr(shadows, "standing", without_lock)
+    async with shadow_door(db, broker, 1) as door:
+        reporting = asyncio.create_task(report(door, DEVICE, {"power": "off"}))
+        await asyncio.wait_for(loaded.wait(), 20)
+
+        async def want() -> int:
+            async with db.pool.connection() as connection:
+                return (await set_desired(connection, DEVICE, "", {"power": "on"}, "alice")).after.version
+
+        wanting = asyncio.create_task(want())
+        await asyncio.wait([wanting], timeout=0.5)
+        assert wanting.done() is mutant
+        go_on.set()
+        versions = sorted([(await reporting)["version"], await wanting])
+    assert versions == ([1, 1] if mutant else [1, 2])
+    found = await rows(db, "SELECT desired, reported FROM shadows")
+    assert found == [(None if mutant else {"power": "on"}, {"power": "off"})]
+
+
+@pytest.mark.parametrize("mutant", [False, True])
+async def test_a_look_waits_for_a_report_that_is_being_taken_or_both_would_miss_each_other(
+    db: Database, broker: Broker, monkeypatch: pytest.MonkeyPatch, mutant: bool
+) -> None:
+    loaded, go_on, save = asyncio.Event(), asyncio.Event(), save_shadows
+
+    async def slowly(*arguments: Any) -> None:
+        loaded.set()
+        await go_on.wait()
+        await save(*arguments)
 
     monkeypatch.setattr(gateway.shadow, "save_shadows", slowly)
     if mutant:
@@ -371,9 +409,6 @@ async def test_changes_from_here_keep_the_same_rules(db: Database) -> None:
         with pytest.raises(ConflictError):
             await delete_shadow(connection, DEVICE, "", "alice", 7)
         await delete_shadow(connection, DEVICE, "", "alice", 2)
-        assert await purge_deleted(connection) == 0
-        await connection.execute("UPDATE shadows SET deleted_at = now() - interval '49 hours'")
-        assert await purge_deleted(connection) == 1
         await set_desired(connection, DEVICE, "x", {"a": 1}, "alice")
         assert (await clear_shadows(connection, DEVICE), await clear_shadows(connection, DEVICE)) == (1, 0)
         await happened(connection, [(DEVICE, DeviceHappening.SHADOW_REPORTED, {})])
@@ -399,3 +434,15 @@ async def test_the_agent_as_a_process_becomes_what_is_wanted_and_again_after_a_r
         finally:
             if rig.process is not None and rig.process.returncode is None:
                 await rig.end(signal.SIGKILL)
+
+
+async def test_the_version_of_a_shadow_that_was_deleted_is_forgotten_after_two_days(db: Database) -> None:
+    await add_devices(db, 2)
+    async with db.pool.connection() as connection:
+        for device in (DEVICE, "motor-2"):
+            await set_desired(connection, device, "", {"a": 1}, "alice")
+        await delete_shadow(connection, DEVICE, "", "alice")
+    assert await delete_old(db, timedelta(days=30)) == {}
+    await rows(db, "UPDATE shadows SET deleted_at = deleted_at - interval '49 hours' RETURNING 1")
+    assert await delete_old(db, timedelta(days=30)) == {"shadows": 1}
+    assert await rows(db, "SELECT device_id FROM shadows") == [("motor-2",)]

@@ -25,7 +25,9 @@ from store.authorities import AuthorityStore
 from store.engine import Database
 from store.rollouts import RolloutStore
 from tests.conftest import Broker, free_port
+from tests.integration.notification_setup import Receiver, channels, hot, taken
 from tests.integration.rollout_setup import add_devices, add_release, specification
+from tests.integration.test_gateway_identity import rows, until
 from tests.pki_setup import now
 from tests.workflow.conftest import BINARIES
 from workflows.client import connect, start_rollout
@@ -119,6 +121,33 @@ async def test_a_worker_waits_for_its_servers_drives_a_wave_ends_in_good_order_a
         assert await started[1].stop(signal.SIGINT) == 0
 
 
+@pytest.mark.timeout(240)
+async def test_a_worker_with_a_notify_file_tells_and_after_its_death_the_next_one_does(
+    db: Database, database_url: str, broker: Broker, receiver: Receiver, tmp_path: Path, started: list[WorkerProcess]
+) -> None:
+    async with await WorkflowEnvironment.start_local(
+        data_converter=pydantic_data_converter,
+        dev_server_existing_path=str(BINARIES / "temporal"),
+        dev_server_log_level="error",
+    ) as environment:
+        settings = {
+            "temporal_address": environment.client.service_client.config.target_host,
+            "database_url": database_url,
+            "mqtt_url": f"mqtt://{broker.host}:{broker.port}",
+            "artifact_store": tmp_path.as_uri(),
+            "notify_file": channels(tmp_path, receiver),
+        }
+        started.append(WorkerProcess(tmp_path, **settings))
+        await started[0].until('tidegate-notify".*"event": "ready"')
+        await hot(db, 3)
+        await until(lambda: rows(db, "SELECT FROM alert_notifications WHERE digest <> ''"), 60)
+        await started[0].stop(signal.SIGKILL)
+        started.append(WorkerProcess(tmp_path, **settings))
+        told = await taken(receiver, 1, 120)
+        assert told[0]["data"]["count"] == 3 and told[0]["type"] == "alert.opened"
+        assert await started[1].stop() == 0
+
+
 async def test_a_worker_with_the_keys_of_the_authorities_signs_and_makes_the_schedules(
     db: Database, database_url: str, broker: Broker, tmp_path: Path, started: list[WorkerProcess]
 ) -> None:
@@ -140,7 +169,9 @@ async def test_a_worker_with_the_keys_of_the_authorities_signs_and_makes_the_sch
             "ca_passphrase_file": passphrase,
         }
         started.append(WorkerProcess(tmp_path, **settings))
-        await started[0].until(r'"names": "tidegate-rotation, tidegate-crl".*"event": "made schedules"')
+        await started[0].until(
+            r'"names": "tidegate-rotation, tidegate-offline, tidegate-retention, tidegate-crl".*"event": "made schedules"'
+        )
         await started[0].until(r'tidegate-ca.*"event": "ready"')
         await started[0].until(r'"number": 2.*"event": "revocation list signed"')
         assert await started[0].stop() == 0

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from bench import heartbeats_report as heartbeats
 from bench.report import COUNTED, complete, cores_busy, show
 from bench.sampling import Sampler, cpu_seconds, memory_bytes
 
@@ -113,3 +114,69 @@ async def test_a_sample_measures_what_happens_between_its_begin_and_its_end() ->
     assert sampler.peak_mib["burner"] > 1
     assert sampler.seconds > 0.1
     await process.communicate(b"\n")
+
+
+def beats(**changes: Any) -> dict[str, Any]:
+    """What a run of heartbeats that met both targets would give."""
+    latency = {"p50": 100.0, "p95": 200.0, "p99": None}
+    found = {
+        "durable_per_second": 9_000.0,
+        "raw_broker_per_second": 60_000.0,
+        "postgresql_alone_per_second": 50_000.0,
+        "one_by_one_per_second": 800.0,
+        "durable_by_one_by_one": 11.25,
+        "cpu_seconds_per_1000": dict.fromkeys(heartbeats.PROCESSES, 0.01),
+        "batches": {"count": 50.0, "mean_messages": 1800.0, "mean_milliseconds": 60.0, "tried_again": 0.0},
+        "latency_ms": latency,
+        "latency_at_half_ms": latency,
+        "published": 90_000,
+        "acknowledged_by_broker": 90_000,
+        "in_history": 90_000,
+        "lost": 0,
+        "twice": 0,
+        "devices": 2_000,
+        "lead": 8_000,
+        "cores": 2,
+        "broker": "mosquitto",
+        "others_share_of_machine": 0.0,
+    } | changes
+    return found | {"missed": heartbeats.missed(found)}
+
+
+def shown_beats(run: dict[str, Any]) -> str:
+    out = io.StringIO()
+    heartbeats.show(Console(file=out, width=160), run)
+    return out.getvalue()
+
+
+def test_heartbeats_that_meet_both_targets_miss_nothing_and_are_right() -> None:
+    assert beats()["missed"] == {} and heartbeats.is_right(beats())
+    assert "both targets are met" in shown_beats(beats()) and "WRONG" not in shown_beats(beats())
+
+
+@pytest.mark.parametrize(
+    ("changes", "how"),
+    [
+        ({"durable_per_second": 6_000.0}, "missed durable_per_second by 2e+03 heartbeats/s (0.75 x)"),
+        ({"durable_by_one_by_one": 9.0}, "missed durable_by_one_by_one by 1 x (0.90 x)"),
+        ({"durable_by_one_by_one": None}, "missed durable_by_one_by_one not measured"),
+        ({"others_share_of_machine": 0.4}, "other programs used 40 % of this machine"),
+    ],
+)
+def test_a_target_of_heartbeats_that_is_missed_is_said_and_is_no_failure(changes: dict[str, Any], how: str) -> None:
+    assert how in shown_beats(beats(**changes))
+    assert heartbeats.is_right(beats(**changes))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"in_history": 89_999, "lost": 1},
+        {"in_history": 90_001, "twice": 1},
+        {"in_history": 90_000, "lost": 1, "twice": 1},
+        {"acknowledged_by_broker": 89_999},
+    ],
+)
+def test_heartbeats_that_are_lost_or_kept_twice_are_a_failure(changes: dict[str, Any]) -> None:
+    assert not heartbeats.is_right(beats(**changes))
+    assert "WRONG" in shown_beats(beats(**changes))

@@ -71,6 +71,12 @@ class JobStage:
         assert described.close_time is not None
         return described.close_time - described.start_time
 
+    async def ended_at(self) -> datetime:
+        """When it ended, by the server's clock."""
+        described = await self.handle.describe()
+        assert described.close_time is not None
+        return described.close_time
+
     async def until(self, phase: Phase, wave: int = 0) -> FleetJobStatus:
         """Wait until the job is in a phase; time does not run ahead."""
         deadline = time.monotonic() + PATIENCE_SECONDS
