@@ -203,6 +203,29 @@ async def test_a_gateway_that_cannot_put_a_message_aside_tries_again(
     assert len(tries) == 3 and await rows(db, "SELECT code FROM quarantine") == [("InternalError",)]
 
 
+@pytest.mark.parametrize("defended", [True, False])
+async def test_a_postgresql_that_cannot_write_yet_costs_no_message(
+    db: Database, broker: Broker, monkeypatch: pytest.MonkeyPatch, defended: bool
+) -> None:
+    """A standby that takes over is read-only for a moment; then nothing is wrong with the message."""
+    real, tries = gateway.service.share_access, []
+
+    async def standby(connection: psycopg.AsyncConnection) -> None:
+        tries.append(1)
+        await connection.execute(b"SET TRANSACTION READ ONLY" if len(tries) == 1 else b"SELECT 1")
+        await real(connection)
+
+    monkeypatch.setattr(gateway.service, "RETRY_SECONDS", 0.01)
+    monkeypatch.setattr(gateway.service, "share_access", standby)
+    if not defended:
+        away = tuple(e for e in gateway.service._AWAY if e is not psycopg.errors.ReadOnlySqlTransaction)
+        monkeypatch.setattr(gateway.service, "_AWAY", away)
+    async with shadow_door(db, broker) as door:
+        answer = await ask(door, "motor-1", "update", {"state": {"reported": {"a": 1}}})
+    assert answer.get("code") == (None if defended else 500)
+    assert len(await rows(db, "SELECT FROM quarantine")) == (0 if defended else 1)
+
+
 # --- pulses that somebody has listened to -------------------------------------------------------------------------------
 
 
