@@ -43,7 +43,7 @@ LEAST_TEXT = 8
 
 class ExitStatus(IntEnum):
     """What a command's exit status says. A rollout's outcome decides for `start --wait` and `watch`, and a
-    job's alike: cancelled is ABORTED, and a job that has ended as it should is SUCCEEDED though devices have failed in it."""
+    job's alike: cancelled is ABORTED, and a job that ran to its end but failed on some devices is ERROR."""
 
     SUCCEEDED = 0
     ERROR = 1
@@ -57,12 +57,13 @@ class ExitStatus(IntEnum):
 
 EXIT_HELP = (
     "Exit status: 0 done, or the rollout or job succeeded; 1 an error, a server that does not answer, a rollout or job that "
-    "failed; 2 wrong input, or no such thing; 3 halted by the gate; 4 aborted or cancelled; 5 waits for a person, or the waiting time is over; "
+    "failed, if only on some devices; 2 wrong input, or no such thing; 3 halted by the gate; 4 aborted or cancelled; 5 waits for a person, or the waiting time is over; "
     "6 refused: the state of things does not allow it."
 )
 
 _OF_OUTCOME = {
     Outcome.SUCCEEDED: ExitStatus.SUCCEEDED,
+    Outcome.COMPLETED: ExitStatus.ERROR,
     Outcome.HALTED: ExitStatus.HALTED,
     Outcome.ABORTED: ExitStatus.ABORTED,
     Outcome.REFUSED: ExitStatus.REFUSED,

@@ -34,7 +34,7 @@ PHASE_STYLE = {
     Phase.WAITING_APPROVAL: "yellow",
     Phase.DRAINING: "magenta",
 }
-OUTCOME_STYLE = {Outcome.SUCCEEDED: "bold green", Outcome.ABORTED: "bold yellow"}
+OUTCOME_STYLE = {Outcome.SUCCEEDED: "bold green", Outcome.ABORTED: "bold yellow", Outcome.COMPLETED: "bold yellow"}
 
 
 @dataclass(frozen=True)

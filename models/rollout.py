@@ -41,6 +41,8 @@ class Outcome(StrEnum):
     """How a rollout ended."""
 
     SUCCEEDED = "succeeded"
+    COMPLETED = "completed"
+    """A fleet job that ran to its end, and failed on some of its devices."""
     HALTED = "halted"
     ABORTED = "aborted"
     REFUSED = "refused"
@@ -398,8 +400,9 @@ class CancelRunningInput(_Frozen):
 
 
 class FinishRolloutResult(_Frozen):
-    """Final figures from PostgreSQL."""
+    """Final figures from PostgreSQL. `outcome`: what was recorded; a job that succeeded on some devices alone is COMPLETED."""
 
+    outcome: Outcome | None = None
     devices: int = 0
     succeeded: int = 0
     failed: int = 0

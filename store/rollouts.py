@@ -60,6 +60,14 @@ WHERE d.job_no = %s AND d.state = 'requested' AND j.job_no = d.job_no AND j.oper
 """
 """Those of a diagnostic job: what a failed update is asked about has a workflow that ends it."""
 
+_CLOSE = """
+UPDATE jobs j SET status = 'finished', phase = 'done', reason = %(reason)s, finished_at = clock_timestamp(),
+  outcome = CASE WHEN %(outcome)s::text = 'succeeded' AND j.kind = 'job' AND EXISTS (
+      SELECT FROM waves w WHERE w.job_no = j.job_no AND w.failed + w.timed_out + w.rejected > 0
+    ) THEN 'completed' ELSE %(outcome)s::text END
+WHERE j.job_no = %(job_no)s AND j.status <> 'finished'
+"""
+
 _CHUNK = 5000
 """Executions moved in one transaction where many move at once, so that the job's lock is held only briefly."""
 
@@ -320,15 +328,12 @@ class RolloutStore:
         """Withdraw what has not started, and close the job. Repeats after a crash until all of it is done."""
         await self.withdraw(job_no, reason)
         async with self.db.pool.connection() as connection:
-            closed = await connection.execute(
-                "UPDATE jobs SET status = 'finished', phase = 'done', outcome = %s, reason = %s, "
-                "finished_at = clock_timestamp() WHERE job_no = %s AND status <> 'finished'",
-                (outcome, reason, job_no),
-            )
+            closed = await connection.execute(_CLOSE, {"outcome": outcome, "reason": reason, "job_no": job_no})
             await connection.execute("UPDATE waves SET status = 'closed' WHERE job_no = %s", (job_no,))
             await connection.execute(_UNANSWERED, (job_no,))
             if closed.rowcount:
-                await append_event(connection, job_no, "finished", f"{outcome}: {reason}")
+                recorded = await fetch_one(connection, "SELECT outcome FROM jobs WHERE job_no = %s", (job_no,))
+                await append_event(connection, job_no, "finished", f"{recorded[0]}: {reason}")
             return await _figures(connection, job_no)
 
     async def withdrawn(self, job_no: int) -> list[str]:
@@ -461,11 +466,12 @@ def wave_progress(row: dict[str, Any]) -> WaveProgress:
 
 
 async def _figures(connection: AsyncConnection, job_no: int) -> FinishRolloutResult:
-    devices, exposed, by_delta = await fetch_one(
-        connection, "SELECT devices, exposed, by_delta FROM jobs WHERE job_no = %s", (job_no,)
+    devices, exposed, by_delta, outcome = await fetch_one(
+        connection, "SELECT devices, exposed, by_delta, outcome FROM jobs WHERE job_no = %s", (job_no,)
     )
     waves = await _waves(connection, job_no)
     return FinishRolloutResult(
+        outcome=Outcome(outcome) if outcome else None,
         devices=devices,
         succeeded=sum(wave.counts.succeeded for wave in waves),
         failed=sum(wave.counts.gate_failed for wave in waves),

@@ -253,9 +253,10 @@ class FleetJobWorkflow:
             FinishRolloutInput(job_no=state.plan.job_no, outcome=end.outcome, reason=end.reason, drain=drain)
         )
         self._progress = FleetJobProgress.of(figures.waves)
+        state.outcome = figures.outcome or end.outcome
         self._move_to(Phase.DONE, end.reason)
         return FleetJobResult(
-            name=name, outcome=end.outcome, reason=end.reason, progress=self._progress, waves=figures.waves
+            name=name, outcome=state.outcome, reason=end.reason, progress=self._progress, waves=figures.waves
         )
 
     # --- what is shown, and what is kept --------------------------------------------------------------------------------

@@ -255,7 +255,8 @@ class RolloutWorkflow:
             FinishRolloutInput(job_no=state.plan.job_no, outcome=end.outcome, reason=end.reason, drain=drain)
         )
         self._move_to(Phase.DONE, end.reason)
-        return RolloutResult(name=name, outcome=end.outcome, reason=end.reason, **dict(figures))
+        known = {field: value for field, value in figures if field != "outcome"}
+        return RolloutResult(name=name, outcome=end.outcome, reason=end.reason, **known)
 
     # --- what is shown, and what is kept --------------------------------------------------------------------------------
 

@@ -117,7 +117,7 @@ def test_custom_jobs_get_their_document_and_retry_takes_exactly_the_devices_that
     path = document(plant, say="hello", fail=False)
     words = ("--operation", "custom", "--document", path, "--tag", "group=r")
     ran = plant.run("job", "start", "some-fail", *words, *QUICK)
-    assert ran.status == 0, ran.err
+    assert ran.status == 1, ran.err
     failed = {name for name, entry in devices_of(plant, "some-fail").items() if entry["state"] == "FAILED"}
     assert 0 < len(failed) < 6
     assert '"say":"hello"' in (plant.folder / "custom.log").read_text()
@@ -146,7 +146,7 @@ def test_a_failure_is_tried_again_after_a_pause_and_what_waits_is_explained(plan
     outside = plant.run("job", "explain", "blocked", "r1")
     assert (outside.status, "does not match the target" in outside.err) == (2, True)
     ran = plant.run("job", "watch", "blocked", "--timeout", "90s")
-    assert ran.status == 0, ran.err
+    assert ran.status == 1, ran.err
     assert "'job retry blocked' tries them again" in ran.err
     failures = plant.run("job", "failures", "blocked", "--json").json["failures"]
     assert [entry["attempt"] for entry in failures] == [2, 1]
