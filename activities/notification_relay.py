@@ -5,7 +5,6 @@ its chance, is marked as told to nobody.
 """
 
 import asyncio
-import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -29,9 +28,7 @@ GATHER = timedelta(seconds=5)
 QUIET = timedelta(minutes=1)
 """How long later ones of the same rule and event wait: a fleet that fails, fails one heartbeat after the other."""
 LEAVE = timedelta(minutes=1)
-KEEP = timedelta(days=30)
 POLL_SECONDS = 1.0
-FORGET_SECONDS = 3600.0
 
 log = structlog.get_logger("relay")
 
@@ -44,7 +41,6 @@ class NotificationRelay:
     start: Callable[[NotifyInput], Awaitable[None]] | None
     gather: timedelta = GATHER
     quiet: timedelta = QUIET
-    _forgot_at: float = 0.0
 
     async def run(self, stop: asyncio.Event) -> None:
         """Hand over until `stop` is set, whatever is away for a while."""
@@ -52,7 +48,6 @@ class NotificationRelay:
         while not stop.is_set():
             try:
                 await self.hand_over()
-                await self._forget()
                 said = ""
             except (psycopg.Error, PoolTimeout, RPCError) as error:
                 if str(error) != said:
@@ -72,8 +67,3 @@ class NotificationRelay:
             HANDED_OVER.inc(await self.store.handed_over(told.digest))
             DIGESTS.inc()
         return len(due)
-
-    async def _forget(self) -> None:
-        if time.monotonic() - self._forgot_at > FORGET_SECONDS:
-            await self.store.forget(KEEP)
-            self._forgot_at = time.monotonic()

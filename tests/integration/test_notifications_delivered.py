@@ -38,6 +38,7 @@ from store.alert_rules import AlertRuleStore
 from store.alerts import AlertStore, raise_alert, resolve_alert, settle_alerts
 from store.engine import Database, migrate
 from store.notifications import NotificationStore
+from store.retention import delete_old
 from store.rotation import ENDING_ALERT
 from tests.cli_runner import run
 from tests.conftest import Broker
@@ -481,7 +482,7 @@ async def test_without_a_notify_file_nothing_piles_up(db: Database, monkeypatch:
     assert await rows(db, "SELECT DISTINCT digest, handed_over_at IS NULL FROM alert_notifications") == [
         ("none", False)
     ]
-    assert await NotificationStore(db).forget(timedelta(0)) == 3
+    assert await delete_old(db, timedelta(0)) == {"alert_notifications": 3}
 
 
 async def test_a_channel_is_tested_through_a_workflow(
