@@ -6,7 +6,6 @@ its chance, is marked as told to nobody.
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -17,6 +16,7 @@ from psycopg_pool import PoolTimeout
 from temporalio.service import RPCError
 
 from models.alerting import NotifyInput
+from observe.stopping import pause
 from store.notifications import NotificationStore
 
 HANDED_OVER = Counter("tidegate_alert_changes_handed_over_total", "Changes of alerts given to notifications.")
@@ -53,8 +53,7 @@ class NotificationRelay:
                 if str(error) != said:
                     log.warning("cannot hand notifications over, trying again", reason=str(error).strip()[:200])
                 said = str(error)
-            with suppress(TimeoutError):
-                await asyncio.wait_for(stop.wait(), POLL_SECONDS)
+            await pause(stop, POLL_SECONDS)
 
     async def hand_over(self) -> int:
         """Start what is due; how many notifications that were. Raises RPCError where Temporal did not take one."""

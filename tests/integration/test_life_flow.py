@@ -73,7 +73,7 @@ from tests.workflow.conftest import BINARIES
 from tests.workflow.life_stage import life_workers
 from transport.publisher import Publisher
 from transport.retained import RetainedMessages
-from worker import Lifecycle
+from workers.lifecycle import Lifecycle
 from workflows import options
 from workflows.client import register_search_attributes, start_rollout
 from workflows.lifecycle_client import (

@@ -47,7 +47,8 @@ from tests.integration.rollout_setup import add_devices, prepare
 from tests.integration.test_gateway_identity import rows, until
 from tests.integration.test_gateway_jobs import open_door
 from tests.workflow.conftest import BINARIES
-from worker import notification_relay, notify_worker
+from worker import notification_relay
+from workers.queues import notify_worker
 from workflows import options
 from workflows.client import register_search_attributes
 from workflows.notification import NotificationWorkflow
