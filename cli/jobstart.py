@@ -7,10 +7,11 @@ from temporalio.exceptions import WorkflowAlreadyStartedError
 
 from cli.command import Session, whoami
 from cli.following import follow, tell_unplanned
+from cli.given import duration_of
 from cli.jobscreen import JobSnapshot, what
 from cli.jobwatch import JobWatch
 from cli.output import ExitStatus, facts, when
-from cli.steering import PLAN_PATIENCE_SECONDS, duration_of
+from cli.steering import PLAN_PATIENCE_SECONDS
 from models.errors import ConflictError, NotFoundError, RefusedError
 from models.fleetjob import FleetJobResult, StartFleetJobInput
 from models.ids import fleet_job_workflow_id
@@ -25,7 +26,7 @@ MAX_NAME_CHARS = 63
 
 async def begin(session: Session, spec: FleetJobSpec, wait: bool, timeout: str | None, stay: bool | None) -> ExitStatus:
     """Start it; with `wait`, watch it until it ends. Raises ConflictError, RefusedError."""
-    limit = duration_of(timeout)
+    limit = duration_of("--timeout", timeout)
     async with session.database() as db:
         await _refuse_known(db, spec.name)
         client = await session.temporal()

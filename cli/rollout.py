@@ -14,10 +14,11 @@ from cli.command import Session, command, whoami
 from cli.diagnose import attached
 from cli.explain import why_here, why_not_in
 from cli.following import follow, tell_unplanned, temporal_if_there
+from cli.given import duration_of
 from cli.output import ExitStatus, as_dict, facts, table, when
 from cli.screen import Snapshot, current_wave, event_text, object_of, screen, specification
 from cli.spec import load_spec, parse_spec
-from cli.steering import PLAN_PATIENCE_SECONDS, Stay, Timeout, duration_of, steer
+from cli.steering import PLAN_PATIENCE_SECONDS, Stay, Timeout, steer
 from cli.watch import Handle, Watch
 from models.errors import ConflictError, InvalidInputError, NotFoundError, RefusedError
 from models.ids import rollout_workflow_id
@@ -60,7 +61,7 @@ async def start(
     The name is the identity: while a rollout of this name exists, running or ended, another is refused.
     """
     asked = parse_spec(sys.stdin.buffer.read(), "standard input") if str(spec) == "-" else load_spec(spec)
-    limit = duration_of(timeout)
+    limit = duration_of("--timeout", timeout)
     async with session.database() as db:
         await _refuse_known(db, asked.name)
         client = await session.temporal()
@@ -85,7 +86,7 @@ async def start(
 @command(app, "watch")
 async def watch(session: Session, name: Name, timeout: Timeout = None, stay: Stay = None) -> ExitStatus:
     """Show a rollout live until it ends; the exit status says how it ended."""
-    limit = duration_of(timeout)
+    limit = duration_of("--timeout", timeout)
     async with session.database() as db:
         return await follow(Watch(session, db, name, await temporal_if_there(session)), limit, stay)
 

@@ -2,7 +2,6 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from datetime import timedelta
 from typing import Annotated, TypeVar
 
 import typer
@@ -10,8 +9,7 @@ from temporalio.client import WorkflowUpdateFailedError, WorkflowUpdateRPCTimeou
 from temporalio.exceptions import ApplicationError
 from temporalio.service import RPCError, RPCStatusCode
 
-from models.errors import InvalidInputError, NotFoundError, RefusedError, UnavailableError
-from models.quantities import parse_duration
+from models.errors import NotFoundError, RefusedError, UnavailableError
 
 PLAN_PATIENCE_SECONDS = 20.0
 """How long `start` waits to say what was planned; a plan for a million devices takes longer, and goes on."""
@@ -59,14 +57,6 @@ async def steer(subject: str, answer: Awaitable[Answer], not_running: NotRunning
             f"no worker has taken the request to {subject} within {ANSWER_SECONDS:.0f} s, and whether it takes "
             f"effect later is not known; start a worker ('starter.py up'), then look at '{kind} show'"
         ) from error
-
-
-def duration_of(text: str | None, option: str = "--timeout") -> timedelta | None:
-    """A duration given as an option. Raises InvalidInputError."""
-    try:
-        return None if text is None else parse_duration(text)
-    except (ValueError, OverflowError) as error:
-        raise InvalidInputError(f"{option}: {error}") from error
 
 
 def _words_of(error: WorkflowUpdateFailedError) -> str:
