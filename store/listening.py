@@ -1,6 +1,7 @@
-"""Hearing PostgreSQL's notifications, in a process that is to stop when it is told to."""
+"""Hearing PostgreSQL's notifications: the next one in a process that runs for long, or one that names something."""
 
 import asyncio
+import time
 
 from psycopg import AsyncConnection
 
@@ -25,3 +26,24 @@ async def heard(listener: AsyncConnection, stop: asyncio.Event, seconds: float =
         for task in (hearing, stopping):
             task.cancel()
         await asyncio.gather(hearing, stopping, return_exceptions=True)
+
+
+async def named_within(connection: AsyncConnection, channel: str, payload: str, seconds: float) -> bool:
+    """Whether a notification with this payload comes in time. The connection is one of a pool, and is left as it was."""
+    deadline = time.monotonic() + seconds
+    await connection.set_autocommit(True)
+    try:
+        await connection.execute(f"LISTEN {channel}".encode())
+        async for notice in connection.notifies(timeout=seconds):
+            if notice.payload == payload:
+                return True
+            if time.monotonic() >= deadline:
+                return False
+        return False
+    finally:
+        await asyncio.shield(_quiet(connection))
+
+
+async def _quiet(connection: AsyncConnection) -> None:
+    await connection.execute("UNLISTEN *")
+    await connection.set_autocommit(False)

@@ -135,7 +135,7 @@ def test_two_in_a_row_open_and_three_in_a_row_clear() -> None:
 def test_a_value_that_is_missing_is_no_evidence() -> None:
     assert changes(HOT, [81, None, 81]) == [None, None, Change.OPENED]
     assert changes(HOT, [81, 81, 70, None, 70, None, 70]) == [None, Change.OPENED, *[None] * 4, Change.CLEARED]
-    assert judge(Progress(count=1, since=0.0), None, 5, HOT) == (Progress(count=1, since=0.0), None)
+    assert judge(Progress(in_a_row=1, since=0.0), None, 5, HOT) == (Progress(in_a_row=1, since=0.0), None)
 
 
 def test_a_duration_is_the_server_s_and_begins_with_the_first_beyond() -> None:
