@@ -180,7 +180,7 @@ def test_alerts_are_listed_taken_and_resolved(desk: Desk) -> None:
 def test_an_alert_that_does_not_stand_is_no_alert(desk: Desk) -> None:
     ran = desk.run("alert", "resolve", 77)
     assert ran.status == 2
-    assert "no alert 77 stands; 'alert list' shows those that do" in ran.err
+    assert "no alert 77 stands, nothing was changed; 'alert list' shows those that do" in ran.err
 
 
 def test_a_device_is_looked_up_without_redis(desk: Desk) -> None:

@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections.abc import AsyncIterator, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -121,10 +121,15 @@ class LifeStage:
                 pytest.fail(f"{step} was not asked for: {self.script.steps}; {await why_it_hangs(self.handle)}")
             await asyncio.sleep(0.01)
 
-    async def result(self) -> Any:
-        """The result; time runs ahead. A workflow that hangs fails with why its last task failed."""
+    async def result(self, *, skipping: bool = True) -> Any:
+        """The result; time runs ahead. A workflow that hangs fails with why its last task failed.
+
+        Without `skipping` time goes on as it does: where all that is waited for has been told already, the server might
+        run ahead of a signal that has not been looked at yet, to the end of the workflow's time.
+        """
         try:
-            return await asyncio.wait_for(self.handle.result(), PATIENCE_SECONDS)
+            with nullcontext() if skipping else self.environment.auto_time_skipping_disabled():
+                return await asyncio.wait_for(self.handle.result(), PATIENCE_SECONDS)
         except TimeoutError:
             pytest.fail(f"{self.handle.id} hangs: {self.script.steps}; {await why_it_hangs(self.handle)}")
 
