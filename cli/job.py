@@ -28,7 +28,7 @@ from cli.jobwatch import JobWatch
 from cli.output import ExitStatus, as_dict, facts, table, when
 from cli.screen import event_text
 from cli.spec import parse_spec
-from cli.steering import Stay, Timeout, steer
+from cli.steering import Stay, Timeout, steer, why_not_running
 from models.device import DeviceStatus
 from models.errors import NotFoundError, RefusedError
 from models.fleetjob import (
@@ -336,12 +336,4 @@ async def _steer(
 
 async def _not_running(session: Session, name: str) -> RefusedError | NotFoundError:
     async with session.database() as db:
-        try:
-            known = await FleetJobStore(db).get(name)
-        except NotFoundError:
-            return NotFoundError(f"no job {name!r}; 'job list' shows those that exist")
-    if known.outcome is None:
-        return RefusedError(
-            f"job {name} stands at {known.phase}, but its workflow does not run; start it again with its specification"
-        )
-    return RefusedError(f"job {name} has ended ({known.outcome}): {known.reason}")
+        return await why_not_running("job", name, FleetJobStore(db).get(name))

@@ -139,10 +139,10 @@ def test_without_the_rule_about_time_a_late_report_would_begin_the_next_attempt(
 def test_what_a_broker_delivers_again_without_a_number_does_not_begin_the_next_attempt(status: S) -> None:
     book = job_of(1)
     fail(book, 100.0)
-    refusal = book.report(only(book), Report(status, {}, repeated=True), 500.0)
+    refusal = book.report(only(book), Report(status, {}, duplicate=True), 500.0)
     assert refusal is not None and refusal.code is ErrorCode.REQUEST_THROTTLED
     assert (only(book).state, len(book.failures)) == (S.QUEUED, 1)
-    assert book.report(only(book), Report(status, {}, execution_number=2, repeated=True), 500.0) is None
+    assert book.report(only(book), Report(status, {}, execution_number=2, duplicate=True), 500.0) is None
 
 
 def test_without_the_mark_of_a_repetition_it_would() -> None:
