@@ -10,8 +10,9 @@ from psycopg.rows import dict_row
 
 from models.errors import NotFoundError
 from models.protocol import ExecutionState
-from models.rollout import WaveCounts, WaveProgress
+from models.rollout import FinishRolloutResult, WaveCounts, WaveProgress
 from models.views import EventView, ExecutionView, RolloutView
+from store.engine import fetch_one
 
 _EXECUTIONS = """
 SELECT j.name AS rollout, e.device_id, e.wave, w.name AS wave_name, e.rank, e.state, e.version_number,
@@ -43,6 +44,22 @@ def wave_progress(row: dict[str, Any]) -> WaveProgress:
     """A wave from its row: columns, or the same as JSON."""
     counts = WaveCounts(**{name: row[name] for name in WaveCounts.model_fields})
     return WaveProgress.model_validate({**row, "counts": counts})
+
+
+async def read_figures(connection: AsyncConnection, job_no: int) -> FinishRolloutResult:
+    """What came of a job: its totals, and its waves."""
+    devices, exposed, by_delta = await fetch_one(
+        connection, "SELECT devices, exposed, by_delta FROM jobs WHERE job_no = %s", (job_no,)
+    )
+    waves = await read_waves(connection, job_no)
+    return FinishRolloutResult(
+        devices=devices,
+        succeeded=sum(wave.counts.succeeded for wave in waves),
+        failed=sum(wave.counts.gate_failed for wave in waves),
+        exposed=exposed,
+        by_delta=by_delta,
+        waves=tuple(waves),
+    )
 
 
 async def read_rollouts(

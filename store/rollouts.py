@@ -29,11 +29,11 @@ from models.rollout import (
 from models.spec import PaceSpec
 from models.views import EventView, ExecutionView, RolloutView
 from store.causes import causes, failures_to_diagnose
-from store.engine import Database, fetch_one
+from store.engine import Database
 from store.events import append_event
 from store.executions import CHANNEL, load_expired, load_running, load_withdrawable, save
 from store.jobplanning import JOIN_CHUNK, join_fleet_job, want_config_of_wave
-from store.jobviews import read_events, read_execution, read_executions, read_rollouts, read_waves
+from store.jobviews import read_events, read_execution, read_executions, read_figures, read_rollouts, read_waves
 from store.listening import named_within
 from store.planning import plan_rollout
 
@@ -326,7 +326,7 @@ class RolloutStore:
             await connection.execute(_UNANSWERED, (job_no,))
             if closed.rowcount:
                 await append_event(connection, job_no, "finished", f"{outcome}: {reason}")
-            return await _figures(connection, job_no)
+            return await read_figures(connection, job_no)
 
     async def withdrawn(self, job_no: int) -> list[str]:
         """Devices whose execution was withdrawn after it had been offered to them."""
@@ -399,18 +399,3 @@ async def _lock(connection: AsyncConnection, job_no: int) -> JobStatus:
     if row is None:
         raise NotFoundError(f"no job {job_no}")
     return JobStatus(row[0])
-
-
-async def _figures(connection: AsyncConnection, job_no: int) -> FinishRolloutResult:
-    devices, exposed, by_delta = await fetch_one(
-        connection, "SELECT devices, exposed, by_delta FROM jobs WHERE job_no = %s", (job_no,)
-    )
-    waves = await read_waves(connection, job_no)
-    return FinishRolloutResult(
-        devices=devices,
-        succeeded=sum(wave.counts.succeeded for wave in waves),
-        failed=sum(wave.counts.gate_failed for wave in waves),
-        exposed=exposed,
-        by_delta=by_delta,
-        waves=tuple(waves),
-    )
