@@ -1,6 +1,6 @@
 """The relay of notifications: from changes of alerts in PostgreSQL to workflows that tell people (store/notifications.py).
 
-Where the worker has no notify file it tells nobody: what has waited for a minute, so that any worker which has one had
+Where the worker has no notify file it tells nobody: what has waited for minutes, so that any worker which has one had
 its chance, is marked as told to nobody.
 """
 
@@ -27,7 +27,8 @@ GATHER = timedelta(seconds=5)
 """How long the first change waits for others of its kind."""
 QUIET = timedelta(minutes=1)
 """How long later ones of the same rule and event wait: a fleet that fails, fails one heartbeat after the other."""
-LEAVE = timedelta(minutes=1)
+LEAVE = timedelta(minutes=5)
+"""Longer than QUIET by far: what waits to be told together is still told, by a worker that has a file."""
 POLL_SECONDS = 1.0
 
 log = structlog.get_logger("relay")

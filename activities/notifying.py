@@ -138,6 +138,13 @@ def _through_apprise(url: str, told: NotifyInput) -> bool:
         lines.append(f"and {more} more: starter.py alert list --rule {told.rule}")
     title = f"[{told.severity}] {told.summary}"
     try:
-        return bool(sender.notify(body="\n".join(lines) or told.summary, title=title, notify_type=kinds[told.severity]))
+        return bool(
+            sender.notify(
+                body="\n".join(lines) or told.summary,
+                title=title,
+                notify_type=kinds[told.severity],
+                body_format=apprise.NotifyFormat.TEXT,  # where a channel takes HTML, what devices have said is escaped
+            )
+        )
     except Exception:
         return False

@@ -5,6 +5,7 @@ What has been used is durable before the answer goes out, so no power cut makes 
 neither a verification nor a write to its flash.
 """
 
+import contextlib
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -98,8 +99,11 @@ class RebootGuard:
         return {"scheduled": True, "delaySeconds": delay}
 
     def _locked_for(self, now: int) -> int:
-        """Seconds. A clock that was set back does not make it longer than a lock is."""
-        return min(self.state.locked_until - now, LOCK_SECONDS)
+        """Seconds. Where the clock was set back, the lock begins anew: by one that has lost its time it would never end."""
+        if self.state.locked_until - now > LOCK_SECONDS:
+            with contextlib.suppress(OSError):
+                self._put(replace(self.state, locked_until=now + LOCK_SECONDS))
+        return self.state.locked_until - now
 
     def _refuse(self, reason: str, now: int) -> dict[str, Any]:
         before = 0 if self.state.locked_until else self.state.wrong  # the lock that stood is over

@@ -148,6 +148,10 @@ class Ledger:
         if report.duplicate and report.execution_number is None and execution.retrying:
             # It was most likely of the attempt that is over: to begin the next one, a device can ask, or say the number.
             return Refusal(ErrorCode.REQUEST_THROTTLED, "delivered again, and it names no attempt: ask with start-next")
+        if _may_be_of_an_earlier_attempt(execution, report):
+            return Refusal(
+                ErrorCode.REQUEST_THROTTLED, "delivered again, and it names no attempt: say it with its executionNumber"
+            )
         if execution.retry_at is not None and execution.retry_at > now:
             # A report without an attempt's number that comes late: of the attempt that is over, not of the next one.
             return Refusal(
@@ -335,6 +339,19 @@ def questions_of(job: JobRow, execution: ExecutionRow) -> list[Question]:
         )
         for what in job.diagnostics
     ]
+
+
+def _may_be_of_an_earlier_attempt(execution: ExecutionRow, report: Report) -> bool:
+    """A failure that comes again and does not say of which attempt: brokers give back what is old (after a crash, what
+    their last snapshot held). An attempt that has failed after all is said so again, or ends with its deadline.
+    """
+    return (
+        report.duplicate
+        and report.status is ExecutionState.FAILED
+        and execution.execution_number > 1
+        and report.execution_number is None
+        and report.expected_version is None
+    )
 
 
 def _clock(at: float) -> str:

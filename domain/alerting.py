@@ -75,7 +75,7 @@ def judge(progress: Progress, value: float | None, at: float, rule: AlertRuleSpe
         return Progress(firing=True, in_a_row=progress.in_a_row + 1), None
     if not is_beyond(rule, value):
         return WELL, None
-    since = at if progress.since is None else progress.since
+    since = at if progress.since is None else min(progress.since, at)  # the clock may have been set back
     if progress.in_a_row + 1 >= rule.heartbeats and at - since >= rule.lasting.total_seconds():
         return Progress(firing=True), Change.OPENED
     return Progress(in_a_row=min(progress.in_a_row + 1, rule.heartbeats), since=since), None

@@ -28,7 +28,7 @@ def compose(digest: str, rule: str, event: AlertEvent, alerts: Sequence[NotedAle
     ordered = sorted(alerts, key=lambda alert: (alert.at, alert.alert_no))
     sites = Counter(alert.site for alert in ordered if alert.site is not None)
     summary = in_words(rule, event, [(alert.subject, alert.site, alert.at) for alert in ordered])
-    named = tuple(alert.model_copy(update={"text": alert.text[:MAX_TEXT_CHARS]}) for alert in ordered[:MAX_NAMED])
+    named = tuple(alert.model_copy(update={"text": _in_one_line(alert.text)}) for alert in ordered[:MAX_NAMED])
     return NotifyInput(
         digest=digest,
         rule=rule,
@@ -60,6 +60,12 @@ def in_words(rule: str, event: AlertEvent, found: Sequence[tuple[str, str | None
         more = len(sites) - MAX_SITES
         parts.append(f"site{'s' if len(sites) > 1 else ''} {listed}{f' and {more} more' if more > 0 else ''}")
     return "; ".join([*parts, f"first {subject} at {at.astimezone(UTC):%H:%M} UTC"])
+
+
+def _in_one_line(text: str) -> str:
+    """What a device has said may be part of it, and must not look like another alert, nor like more than text."""
+    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[:MAX_TEXT_CHARS])
+    return shown[:MAX_TEXT_CHARS]
 
 
 def trial_of(digest: str, channel: str, actor: str, at: datetime) -> NotifyInput:

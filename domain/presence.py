@@ -42,7 +42,7 @@ def next_coverage(before: Coverage | None, now: datetime, under_way: timedelta) 
 
 def is_listening(coverage: Coverage | None, now: datetime) -> bool:
     """Whether what devices say now would be heard."""
-    return coverage is not None and now - coverage.pulsed_at < MAX_GAP
+    return coverage is not None and abs(now - coverage.pulsed_at) < MAX_GAP  # ahead: the clock was set back
 
 
 def is_offline(last_heard: datetime, limit: timedelta, coverage: Coverage | None, now: datetime) -> bool:

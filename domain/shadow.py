@@ -26,6 +26,8 @@ MAX_SHADOW_DEPTH = 8
 """How deep a section may be nested, the section itself being the first level."""
 MAX_SHADOW_KEYS = 200
 """Keys of a section on all levels. What a device has to say fits; a document that is nothing but keys does not."""
+MAX_SHADOWS = 100
+"""Shadows of one device, those that were deleted within KEPT_HOURS included: each name is a row that stays."""
 KEPT_HOURS = 48
 """How long the version of a shadow that was deleted goes on."""
 RECENT_UPDATES = 10

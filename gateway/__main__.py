@@ -21,7 +21,7 @@ from gateway.documents import Documents
 from gateway.pulse import send_pulses
 from gateway.service import Gateway
 from models.errors import InvalidInputError, TidegateError, UnavailableError
-from models.protocol import PULSE_TOPIC, REQUEST_FILTERS
+from models.protocol import REQUEST_FILTERS
 from models.settings import Settings
 from observe import logs, metrics
 from observe.stopping import pause
@@ -69,7 +69,7 @@ async def open_patiently(connection: Connection, settings: Settings, gateway: Ga
     """Connect to the broker, however long it stays away."""
     while not stop.is_set():
         try:
-            await connection.open(settings, (*REQUEST_FILTERS, PULSE_TOPIC), gateway.receive)
+            await connection.open(settings, REQUEST_FILTERS, gateway.receive)
             return
         except UnavailableError as error:
             log.warning("waiting for the MQTT broker", reason=str(error))

@@ -6,6 +6,7 @@ of one that is gone or of somebody who can write anything, say nothing: each gat
 """
 
 import asyncio
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -41,7 +42,7 @@ class Pulse:
 def parse_pulse(body: dict[str, Any]) -> Pulse:
     """Judge a pulse. Raises ValueError."""
     source, sent = body.get("gateway"), body.get("sent")
-    if not isinstance(source, str) or isinstance(sent, bool) or not isinstance(sent, int | float):
+    if not isinstance(source, str) or isinstance(sent, bool) or not isinstance(sent, int | float) or sent < 0:
         raise ValueError('expected a pulse {"gateway": ..., "sent": ...}')
     return Pulse(source, float(sent))
 
@@ -55,11 +56,19 @@ async def send_pulses(
         await pause(stop, every_seconds)
 
 
-async def note_pulses(connection: AsyncConnection, pulses: Sequence[Pulse], source: str, now: float) -> None:
-    """Note what pulses of this gateway have come; `now` is PostgreSQL's clock, in epoch seconds."""
-    sent = [pulse.sent for pulse in pulses if pulse.source == source]
+async def note_pulses(
+    connection: AsyncConnection, pulses: Sequence[Pulse], source: str, now: float, noted: float = -math.inf
+) -> float:
+    """Note what pulses of this gateway have come; returns when the newest of them was sent.
+
+    Args:
+        now: PostgreSQL's clock, in epoch seconds.
+        noted: the newest that has been noted before. Older ones come a second time, by the broker or by somebody who has
+            listened, and would say that devices had to wait; those from the future are nobody's.
+    """
+    sent = [pulse.sent for pulse in pulses if pulse.source == source and noted < pulse.sent <= time.monotonic()]
     if not sent:
-        return
+        return noted
     before = await read_coverage(connection)
     under_way = timedelta(seconds=max(0.0, time.monotonic() - min(sent)))
     covered = next_coverage(before, datetime.fromtimestamp(now, UTC), under_way)
@@ -69,3 +78,4 @@ async def note_pulses(connection: AsyncConnection, pulses: Sequence[Pulse], sour
         gap = covered.pulsed_at - before.pulsed_at
         log.warning("devices could not be heard", last_pulse=str(gap), under_way=str(under_way))
     await save_coverage(connection, covered)
+    return max(sent)

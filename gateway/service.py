@@ -11,6 +11,7 @@
 """
 
 import asyncio
+import math
 import secrets
 import time
 from collections.abc import Iterable, Sequence
@@ -72,7 +73,12 @@ MAX_TOPICS = 16_384
 """Topics of heartbeats that are kept taken apart; they come again and again."""
 _NO_TOPIC = BadRequest(ErrorCode.INVALID_TOPIC, "no request has this topic")
 _NOT_OF_JOBS = CONFIG_VERBS | COMMAND_VERBS | {Verb.HEARTBEAT, Verb.DIAGNOSTIC_RESPONSE, Verb.PULSE}
-_AWAY = (psycopg.OperationalError, PoolTimeout, psycopg.errors.DeadlockDetected)
+_AWAY = (
+    psycopg.OperationalError,
+    PoolTimeout,
+    psycopg.errors.DeadlockDetected,
+    psycopg.errors.ReadOnlySqlTransaction,  # a standby, until it has taken over
+)
 
 
 @dataclass
@@ -92,6 +98,8 @@ class Gateway:
     _paused: bool = False
     name: str = field(default_factory=lambda: secrets.token_hex(8))
     """What tells this gateway's pulses from those of others."""
+    _pulsed: float = -math.inf
+    """When the newest pulse was sent whose batch has been committed."""
     _clones: set[str] = field(default_factory=set)
     """Devices found to be two, to be barred once the batch that found it has been committed."""
     _in_flight: dict[str, int] = field(default_factory=dict)
@@ -114,10 +122,11 @@ class Gateway:
             self._count_in(inbound, parsed.thing, duplicate)
         self.waiting.append(inbound)
         self._arrived.set()
-        if not self._paused and len(self.waiting) >= self.settings.gateway_queue_messages:
-            self._paused = True
-            self.connection.pause(True)
-            log.warning("queue full, reading stopped", waiting=len(self.waiting))
+        if len(self.waiting) >= self.settings.gateway_queue_messages:
+            self.connection.pause(True)  # each time: after a reconnection it is another link, which reads
+            if not self._paused:
+                self._paused = True
+                log.warning("queue full, reading stopped", waiting=len(self.waiting))
 
     def _parse_topic(self, topic: str) -> RequestTopic | None:
         if (known := self._topics.get(topic)) is not None:
@@ -183,8 +192,13 @@ class Gateway:
             except Exception as error:
                 if len(batch) == 1:
                     log.exception("message cannot be used", topic=batch[0].raw_topic)
-                    outgoing = await self._give_up_on(batch[0], error)
-                    break
+                    try:
+                        outgoing = await self._give_up_on(batch[0], error)
+                        break
+                    except _AWAY:  # the message is looked at anew: it may be usable, too
+                        RETRIES.inc()
+                        await asyncio.sleep(RETRY_SECONDS)
+                        continue
                 log.warning(
                     "batch failed, trying its messages one by one", messages=len(batch), error=repr(error)[:200]
                 )
@@ -261,6 +275,7 @@ class Gateway:
                 outgoing += await answer_about_commands(connection, read.commands, self.documents, standing.now)
             await self._save_rest(connection, read, standing)
             await connection.commit()  # in the pipeline, with the last statements: it fails where one of them has
+        self._pulsed = max(self._pulsed, read.pulsed)
         if batch is not None:
             self._log_trips(batch)
         now = time.time()
@@ -308,7 +323,7 @@ class Gateway:
                 ],
             )
         if read.pulses:
-            await note_pulses(connection, read.pulses, self.name, standing.now)
+            read.pulsed = await note_pulses(connection, read.pulses, self.name, standing.now, self._pulsed)
         if read.beats.said:
             saved = await save_heartbeats(connection, read.beats.said)
             self._clones.update(saved.clones)

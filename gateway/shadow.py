@@ -2,7 +2,8 @@
 
 The shadows of a batch are loaded and locked at once, changed in memory in the order of the requests, and saved at once.
 An update that the broker delivers again, because nobody acknowledged it in time, is known by its digest: it is answered
-as accepted, and not applied a second time.
+as accepted, and not applied a second time. Where one that cannot be known, or a deletion, is done a second time, so is
+what has followed it: it comes again, too, and skipping it would leave the shadow as it was before.
 """
 
 from collections.abc import Sequence
@@ -60,13 +61,16 @@ def _answer(request: Request, shadow: LoadedShadow | None, now: float) -> list[O
                 SHADOWS.labels("repeated").inc()
                 body = accepted_body(asked.patch, before.version, now)
                 return [(shadow_topic(topic.thing, topic.shadow, "update", "accepted"), signed_off(body, now, token))]
-            shadow.update(asked.patch, now, f"device:{topic.thing}", asked.version, asked.digest)
+            shadow.update(
+                asked.patch, now, f"device:{topic.thing}", asked.version, asked.digest, again=request.duplicate
+            )
             SHADOWS.labels("updated").inc()
             return announce(topic.thing, topic.shadow, before, shadow.document, asked.patch, now, token)
         if not before.exists:
             return [_rejection(topic, token, 404, _missing(topic), now)]
         if topic.verb is Verb.SHADOW_DELETE:
             shadow.delete(f"device:{topic.thing}", asked.version)
+            shadow.recent = []
             SHADOWS.labels("deleted").inc()
             return [_accepted(topic, {"version": before.version}, now, token)]
         SHADOWS.labels("read").inc()

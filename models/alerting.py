@@ -28,7 +28,8 @@ from models.quantities import Duration, format_duration, parse_duration
 
 MAX_HEARTBEATS = 10_000
 _METRIC = re.compile(r"[A-Za-z_][A-Za-z0-9_.:/-]{0,99}")
-_NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
+_NUMBER = r"[-+]?(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d+)?"
+MAX_CONDITION_CHARS = 500
 NOT_NUMBERS = frozenset({"deviceId", "timestamp", "firmwareVersion", "firmwareSha256", "bootId", "clientToken"})
 """Keys of a heartbeat that no rule can compare."""
 
@@ -201,6 +202,8 @@ def parse_condition(text: Any) -> dict[str, Any]:
     """
     if not isinstance(text, str):
         raise ValueError(f"expected text as in 'cpuTemperature > 80 for 2 heartbeats', got {text!r}")
+    if len(text) > MAX_CONDITION_CHARS:
+        raise ValueError(f"expected a condition of at most {MAX_CONDITION_CHARS} characters, got {len(text)}")
     beyond, comma, back = text.partition(",")
     words, at = [], 0
     for pattern, expected in _BEYOND:

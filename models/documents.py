@@ -52,7 +52,10 @@ def _problem(value: Any, where: str, depth: int) -> str | None:
         case int():
             return None if abs(value) <= MAX_INTEGER else f"{where}: the integer {value!r:.24} is beyond 2**53 - 1"
         case float():
-            return None if math.isfinite(value) else f"{where}: {value} is not JSON"
+            if not math.isfinite(value):
+                return f"{where}: {value} is not JSON"
+            # PostgreSQL writes its digits out: it comes back as an integer, which no signed statement may hold.
+            return None if abs(value) <= MAX_INTEGER else f"{where}: the number {value!r} is beyond 2**53 - 1"
         case dict() | list():
             return _problem_inside(value, where, depth)
     return f"{where}: {type(value).__name__} is not JSON; write it as a text in quotes"

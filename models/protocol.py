@@ -110,8 +110,9 @@ CONFIG_SHADOW = "config"
 """The named shadow that carries a device's configuration: `$aws/things/<thing>/shadow/name/config`."""
 
 
-PULSE_TOPIC = "tidegate/pulse"
-"""What the gateway says to itself through the broker. No device may (access/mosquitto.py)."""
+PULSE_TOPIC = "devices/@gateway/heartbeat"
+"""What the gateway says to itself through the broker: on a topic that the filter of heartbeats matches, so that no broker
+lets it overtake them. No device may (access/mosquitto.py), and none has this name."""
 
 
 class JobOperation(StrEnum):
@@ -165,7 +166,7 @@ REQUEST_FILTERS = (
     "devices/+/commands/response",
     "devices/+/diagnostics/response",
 )
-"""What devices say to the gateway, which subscribes to it and to PULSE_TOPIC. None of them matches a topic the gateway itself publishes to."""
+"""What devices say to the gateway, and it to itself. None of them matches a topic the gateway itself publishes to."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,6 +193,8 @@ def parse_request_topic(topic: str) -> RequestTopic | None:
             parsed = RequestTopic(Verb.DESCRIBE, thing, job_id)
         case ["$aws", "things", thing, "jobs", job_id, "update"]:
             parsed = RequestTopic(Verb.UPDATE, thing, job_id)
+        case ["devices", "@gateway", "heartbeat"]:
+            return RequestTopic(Verb.PULSE, "")
         case ["devices", thing, "heartbeat"]:
             parsed = RequestTopic(Verb.HEARTBEAT, thing)
         case ["$aws", "things", thing, "shadow", "name", "config", "get"]:
@@ -204,8 +207,6 @@ def parse_request_topic(topic: str) -> RequestTopic | None:
             parsed = RequestTopic(_SHADOW_VERBS[asked], thing)
         case ["devices", thing, "diagnostics", "response"]:
             parsed = RequestTopic(Verb.DIAGNOSTIC_RESPONSE, thing)
-        case ["tidegate", "pulse"]:
-            return RequestTopic(Verb.PULSE, "")
         case ["devices", thing, "commands", "get"]:
             parsed = RequestTopic(Verb.COMMAND_GET, thing)
         case ["devices", thing, "commands", "response"]:

@@ -86,6 +86,16 @@ async def resolve_alert(connection: AsyncConnection, rule: str, subject: str, ac
     )
 
 
+async def resolve_judged(connection: AsyncConnection, device_id: str, actor: str) -> None:
+    """End what the rules have judged of a device whose heartbeats count no more: nothing that it says can end it."""
+    await connection.execute("DELETE FROM alert_progress WHERE device_id = %s", (device_id,))
+    await connection.execute(
+        "UPDATE alerts SET state = 'resolved', resolved_at = now(), resolved_by = %s "
+        "WHERE subject = %s AND state <> 'resolved' AND rule IN (SELECT name FROM alert_rules)",
+        (actor, device_id),
+    )
+
+
 async def settle_alerts(
     connection: AsyncConnection,
     rules: Sequence[str],

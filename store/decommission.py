@@ -22,7 +22,7 @@ from models.lifecycle import (
 )
 from models.protocol import CommandStatus, Operation
 from store.access import bar, change_access, revoke
-from store.alerts import raise_alert
+from store.alerts import raise_alert, resolve_judged
 from store.audit import append_audit
 from store.commands import close_command, open_command
 from store.engine import Database, fetch_one
@@ -119,6 +119,7 @@ class DecommissionStore:
             await connection.execute(_CLOSE_ENROLMENTS, ("the device was decommissioned", actor, found.serial_number))
             await connection.execute("DELETE FROM device_waits WHERE device_id = %s", (device_id,))
             shadows = await clear_shadows(connection, device_id)
+            await resolve_judged(connection, device_id, actor)
             removed = await _count_removed(connection, device_id)
             (revision,) = await fetch_one(connection, "SELECT revision FROM access_state", ())
             details: dict[str, Any] = {

@@ -23,7 +23,8 @@ COUNTS = "d.status <> 'retired' AND d.barred_at IS NULL"
 
 _MARK = f"""
 WITH heard AS (
-  SELECT covered_since FROM ingest_state WHERE source = '{SOURCE}' AND pulsed_at > now() - %(gap)s
+  SELECT covered_since FROM ingest_state WHERE source = '{SOURCE}'
+    AND pulsed_at > now() - %(gap)s AND pulsed_at < now() + %(gap)s
 ), least AS (
   SELECT least(%(limit)s::float8, min(offline_after_seconds)) AS seconds FROM device_types
 ), silent AS (
@@ -80,6 +81,12 @@ FROM presence p JOIN devices d USING (device_id) WHERE {COUNTS} GROUP BY d.site_
 
 _STANDING = "SELECT EXISTS (SELECT FROM alerts WHERE rule = %s AND state <> 'resolved')"
 
+_NOBODY_LEFT = f"""
+UPDATE alerts SET state = 'resolved', resolved_at = now(), resolved_by = '{ACTOR}'
+WHERE rule = %(rule)s AND state <> 'resolved' AND NOT subject = ANY(%(subjects)s)
+"""
+"""Of sites whose devices have been retired, barred or moved."""
+
 _OPEN = """
 INSERT INTO alerts AS a (rule, subject, text, severity, state) VALUES (%s, %s, %s, %s, 'open')
 ON CONFLICT (rule, subject) WHERE state <> 'resolved'
@@ -121,7 +128,7 @@ async def _judge_ingest(connection: AsyncConnection) -> tuple[str, bool]:
     row = await (await connection.execute(_PULSE)).fetchone()
     assert row is not None
     now, pulsed_at, expected = row
-    if pulsed_at is not None and now - pulsed_at < MAX_GAP:
+    if pulsed_at is not None and abs(now - pulsed_at) < MAX_GAP:
         await resolve_alert(connection, INGEST_SILENT, SOURCE, ACTOR)
         return "", expected
     text = _deaf(now, pulsed_at)
@@ -147,6 +154,7 @@ async def _judge_sites(connection: AsyncConnection, offline: int) -> tuple[str, 
     counts = await (await connection.execute(_BY_SITE)).fetchall()
     groups = {f"site:{site}": (gone, devices) for site, gone, devices in counts}
     groups["fleet"] = (sum(gone for _, gone, _ in counts), sum(devices for _, _, devices in counts))
+    await connection.execute(_NOBODY_LEFT, {"rule": SITE_OFFLINE, "subjects": list(groups)})
     found = []
     for subject, (gone, devices) in groups.items():
         if not are_many(gone, devices):

@@ -12,6 +12,7 @@ from datetime import UTC, date, datetime, time, timedelta
 
 from psycopg import AsyncConnection, errors, sql
 
+from models.errors import UnavailableError
 from store.engine import Database
 
 DAYS_AHEAD = 3
@@ -19,6 +20,9 @@ DAYS_AHEAD = 3
 
 LOCK_TIMEOUT = "2s"
 """For locks that a batch of the gateway would have to wait for behind us."""
+
+MAX_APART = timedelta(days=1)
+"""Between PostgreSQL's day and this process's own: one that is set wrong by more would drop what is to be kept."""
 
 MOVED_AT_ONCE = 5000
 LOCK_TRIES = 5
@@ -46,7 +50,8 @@ async def turn_partitions(db: Database, kept: Sequence[Kept], today: date | None
     """Make what is missing and drop what is too old. `today`: the database's, in UTC.
 
     Idempotent, and one at a time: who comes second finds what the first has done. Raises psycopg.errors.LockNotAvailable
-    where a lock cannot be had in LOCK_TRIES tries; what has been done stays done.
+    where a lock cannot be had in LOCK_TRIES tries; what has been done stays done. UnavailableError where the clocks do not
+    agree what day it is: then nothing is made and nothing dropped.
     """
     made: list[str] = []
     dropped: list[str] = []
@@ -86,8 +91,13 @@ async def _today(db: Database) -> date:
     async with db.pool.connection() as connection:
         row = await (await connection.execute("SELECT (now() AT TIME ZONE 'UTC')::date")).fetchone()
     assert row is not None
-    found = row[0]
+    found, here = row[0], datetime.now(UTC).date()
     assert isinstance(found, date)
+    if abs(found - here) > MAX_APART:
+        raise UnavailableError(
+            f"cannot tell which history is old: it is {found} by PostgreSQL's clock and {here} by this worker's; nothing "
+            "was dropped; set the clock that is wrong"
+        )
     return found
 
 

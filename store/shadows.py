@@ -16,7 +16,7 @@ from typing import Any
 import orjson
 from psycopg import AsyncConnection
 
-from domain.shadow import KEPT_HOURS, RECENT_UPDATES, Document, ShadowRefusedError
+from domain.shadow import KEPT_HOURS, MAX_SHADOWS, RECENT_UPDATES, Document, ShadowRefusedError
 from domain.standing import why_not_want
 from models.errors import ConflictError, InvalidInputError, NotFoundError
 from models.identity import DeviceHappening
@@ -34,7 +34,8 @@ _LOAD = f"""
 SELECT k.device_id, k.name, s.desired, s.reported, s.desired_metadata, s.reported_metadata,
        CASE WHEN s.deleted_at < now() - interval '{KEPT_HOURS} hours' THEN 0 ELSE s.version END,
        s.recent, s.device_id IS NOT NULL AND s.deleted_at IS NULL,
-       EXISTS (SELECT FROM device_waits w WHERE w.device_id = k.device_id AND w.event = 'shadow-reported')
+       EXISTS (SELECT FROM device_waits w WHERE w.device_id = k.device_id AND w.event = 'shadow-reported'),
+       CASE WHEN s.device_id IS NULL THEN (SELECT count(*) FROM shadows o WHERE o.device_id = k.device_id) END
 FROM jsonb_to_recordset(%s::jsonb) AS k(device_id text, name text)
 JOIN devices d ON d.device_id = k.device_id LEFT JOIN shadows s ON s.device_id = k.device_id AND s.name = k.name
 """
@@ -77,6 +78,13 @@ SELECT count(*) FROM gone WHERE deleted_at IS NULL
 
 
 @dataclass(slots=True)
+class Room:
+    """How many shadows more a device may have; those of a batch share it."""
+
+    left: int
+
+
+@dataclass(slots=True)
 class LoadedShadow:
     """A shadow at hand, and what has been done to it since."""
 
@@ -87,6 +95,8 @@ class LoadedShadow:
     awaited: bool = False
     """Whether some workflow waits for a report of this device."""
     reported: bool = False
+    room: Room | None = None
+    """Of one that has never been."""
     changes: list[tuple[int, str, Mapping[str, Any] | None]] = field(default_factory=list)
     """(version, actor, the state that was sent; None for a deletion)"""
 
@@ -97,13 +107,26 @@ class LoadedShadow:
         actor: str,
         expected_version: int | None = None,
         digest: str | None = None,
+        *,
+        again: bool = False,
     ) -> None:
-        """Accept an update. Raises ShadowRefusedError; then nothing has changed."""
+        """Accept an update. Raises ShadowRefusedError; then nothing has changed.
+
+        Args:
+            again: it may have been applied before; then what followed it comes again behind it, and is to be applied, too.
+        """
+        if self.room is not None and self.room.left <= 0:
+            raise ShadowRefusedError(
+                400,
+                f"Too many shadows: a device may have {MAX_SHADOWS}, those deleted lately included; delete one, or wait",
+            )
         self.document = self.document.updated(patch, now, expected_version)
+        if self.room is not None:
+            self.room.left, self.room = self.room.left - 1, None
         self.changes.append((self.document.version, actor, patch))
         self.reported = self.reported or "reported" in patch
-        if digest is not None:
-            self.recent = [*self.recent, digest][-RECENT_UPDATES:]
+        before = [] if again else self.recent
+        self.recent = before if digest is None else [*before, digest][-RECENT_UPDATES:]
 
     def delete(self, actor: str, expected_version: int | None = None) -> None:
         """Delete it. Raises ShadowRefusedError; then nothing has changed."""
@@ -156,11 +179,26 @@ async def load_shadows(
     if lock:
         await connection.execute(_LOCK, (orjson.dumps(sorted({device for device, _ in wanted})).decode(),))
     asked = orjson.dumps([{"device_id": device, "name": name} for device, name in wanted]).decode()
-    found = {}
+    found: dict[Key, LoadedShadow] = {}
+    rooms: dict[str, Room] = {}
     for row in await (await connection.execute(_LOAD, (asked,))).fetchall():
-        device, name, desired, reported, desired_metadata, reported_metadata, version, recent, exists, awaited = row
+        (
+            device,
+            name,
+            desired,
+            reported,
+            desired_metadata,
+            reported_metadata,
+            version,
+            recent,
+            exists,
+            awaited,
+            others,
+        ) = row
         document = Document(desired, reported, desired_metadata, reported_metadata, version or 0, exists)
         found[device, name] = LoadedShadow(device, name, document, recent or [], awaited)
+        if others is not None:
+            found[device, name].room = rooms.setdefault(device, Room(MAX_SHADOWS - others))
     return found
 
 

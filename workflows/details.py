@@ -1,5 +1,6 @@
 """What a person reads on a workflow's page in the Temporal UI, as Markdown. Pure: state in, text out."""
 
+import re
 from datetime import datetime
 
 from domain.gate import breaker_of
@@ -8,6 +9,9 @@ from models.jobspec import FleetJobSpec
 from models.quantities import format_duration, format_share
 from models.rollout import Phase, PlannedWave, RolloutState, RunWaveInput, Verdict
 from models.spec import GateSpec, RolloutSpec
+
+_MARKDOWN = re.compile(r"[!-/:-@\[-`{-~]")
+"""ASCII punctuation: Markdown takes each of them literally behind a backslash."""
 
 _MARKS = {Verdict.PROMOTE: "promoted", Verdict.HALT: "HALTED", Verdict.HOLD: "held"}
 
@@ -91,6 +95,15 @@ def _wave_table(spec: RolloutSpec, state: RolloutState) -> str:
 
 def _running(planned: PlannedWave, state: RolloutState) -> str:
     return str(state.shown_phase) if planned.wave == state.wave else ""
+
+
+def plain(text: str) -> str:
+    r"""What others have said, as it reads: in one line, with nothing in it that is a link, an image or a heading.
+
+    >>> plain("no ![x](http://spy.example/x)\n# done")
+    'no \\!\\[x\\]\\(http\\:\\/\\/spy\\.example\\/x\\) \\# done'
+    """
+    return _MARKDOWN.sub(r"\\\g<0>", _one_line(text))
 
 
 def _one_line(text: str) -> str:

@@ -29,6 +29,7 @@ with workflow.unsafe.imports_passed_through():
     from workflows import lifecycle_steps as steps
     from workflows import options
     from workflows.answers import refusal, said_by
+    from workflows.details import plain
 
 with decisions():
     from domain.reminders import next_pause
@@ -62,7 +63,7 @@ class DiagnosticWorkflow:
             if refused is None:
                 raise
             result = self._result(AskOutcome.REFUSED, refused)
-        self._show("done", f"**{result.outcome}** {result.text}", outcome=result.outcome)
+        self._show("done", f"**{result.outcome}** {plain(result.text)}", outcome=result.outcome)
         return result
 
     async def _ask(self, asked: AskDeviceInput) -> AskDeviceResult:

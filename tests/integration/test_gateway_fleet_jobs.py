@@ -7,6 +7,7 @@ import orjson
 import pytest
 
 import domain.admission
+import models.documents
 from firmware.keys import generate_private_key
 from firmware.task import VerifiedTask, verify_task
 from models.rollout import PlanRolloutInput
@@ -142,3 +143,26 @@ async def test_without_the_rule_about_time_a_device_could_begin_early(
         await door.ask("motor-1", "_try", "update", status="FAILED")
         accepted, _ = await door.ask("motor-1", "_try", "update", status="IN_PROGRESS")
         assert accepted
+
+
+async def started_with(db: Database, broker: Broker, document: dict[str, Any]) -> tuple[bool, dict[str, Any]]:
+    """Whether a device can begin a custom job with this document."""
+    fleet = await site(db, 1)
+    await plan_job(db, job("large", "custom", document=document))
+    async with open_door(db, broker, fleet) as door:
+        return await door.ask("motor-1", "start-next")
+
+
+async def test_a_number_that_postgresql_gives_back_as_an_integer_is_refused_before_it_is_planned(
+    db: Database, broker: Broker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ValueError, match=r"x: the number 1e\+16 is beyond 2\*\*53 - 1"):
+        job("large", "custom", document={"x": 1e16})
+    monkeypatch.setattr(models.documents, "MAX_INTEGER", 2.0**70)
+    accepted, answer = await started_with(db, broker, {"x": 1e16})
+    assert not accepted and answer["code"] == "InternalError", "no device could begin it"
+
+
+async def test_a_large_number_within_what_every_parser_reads_reaches_the_device(db: Database, broker: Broker) -> None:
+    accepted, answer = await started_with(db, broker, {"x": 9007199254740991.0, "y": 1e-300})
+    assert accepted and answer["execution"]["jobDocument"]["x"] == 9007199254740991

@@ -28,7 +28,7 @@ import activities.notification_relay
 import activities.notifying
 from access.keeper import ACCESS, HALF_LIFE
 from activities.channels import load_channels
-from activities.notification_relay import NotificationRelay
+from activities.notification_relay import QUIET, NotificationRelay
 from activities.notifying import NotifyingActivities
 from models.alerting import BUILT_IN, AlertRuleSpec, NotifyInput, NotifyResult
 from models.ids import notify_workflow_id
@@ -477,6 +477,35 @@ async def test_without_a_notify_file_nothing_piles_up(db: Database, monkeypatch:
         ("none", False)
     ]
     assert await delete_old(db, timedelta(0)) == {"alert_notifications": 3}
+
+
+async def told_after_a_quiet_minute(db: Database) -> list[str]:
+    """A rule was told of just now, and a device more has waited its minute. A worker without a notify file looks first."""
+    told: list[str] = []
+
+    async def start(notification: NotifyInput) -> None:
+        told.extend(alert.subject for alert in notification.alerts)
+
+    relay, other = (NotificationRelay(NotificationStore(db), each) for each in (start, None))
+    await hot(db, 1)
+    await rows(db, "UPDATE alert_notifications SET at = at - interval '10 s' RETURNING 1")
+    await relay.hand_over()
+    await hot(db, 2)
+    await rows(db, "UPDATE alert_notifications SET at = at - %s WHERE handed_over_at IS NULL RETURNING 1", QUIET)
+    await other.hand_over()
+    await relay.hand_over()
+    return told
+
+
+async def test_a_worker_without_a_notify_file_takes_nothing_from_one_that_has_it(db: Database) -> None:
+    assert await told_after_a_quiet_minute(db) == ["motor-1", "motor-2"]
+
+
+async def test_if_it_waited_no_longer_than_the_other_people_would_not_be_told(
+    db: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(activities.notification_relay, "LEAVE", QUIET)
+    assert await told_after_a_quiet_minute(db) == ["motor-1"]
 
 
 async def test_a_channel_is_tested_through_a_workflow(

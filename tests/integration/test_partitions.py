@@ -9,6 +9,7 @@ import pytest
 
 import store.partitions
 from activities.health import HealthActivities
+from models.errors import UnavailableError
 from models.health import KeepHistoryInput
 from store.engine import Database
 from store.partitions import Kept, Turned, turn_partitions
@@ -155,3 +156,33 @@ async def test_upkeep_makes_both_tables_partitions_and_deletes_what_is_old(db: D
     }
     again = await upkeep.keep_history(KeepHistoryInput())
     assert (again.made, again.dropped, again.deleted) == ((), (), {})
+
+
+class Behind(datetime):
+    """A worker's clock that is 40 days behind PostgreSQL's; which of them is wrong, neither can know."""
+
+    @classmethod
+    def now(cls, tz: Any = None) -> Any:
+        return datetime.now(tz) - timedelta(days=40)
+
+
+async def kept_by_a_worker_behind(db: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = datetime.now(UTC).date() - timedelta(days=40)
+    await turn_partitions(db, [HISTORY], real)
+    await say(db, datetime.combine(real, datetime.min.time(), UTC))
+    monkeypatch.setattr(store.partitions, "datetime", Behind)
+    await turn_partitions(db, [HISTORY])
+
+
+async def test_a_clock_that_was_set_wrong_drops_nothing(db: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UnavailableError, match="nothing was dropped; set the clock that is wrong"):
+        await kept_by_a_worker_behind(db, monkeypatch)
+    assert len(await where(db)) == 1
+
+
+async def test_if_one_clock_were_believed_all_history_would_be_gone(
+    db: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store.partitions, "MAX_APART", timedelta(days=9999))
+    await kept_by_a_worker_behind(db, monkeypatch)
+    assert await where(db) == []

@@ -45,7 +45,7 @@ async def pulsing(
     settings, stop = Settings(mqtt_url=f"mqtt://127.0.0.1:{port}", database_url=db.url), asyncio.Event()
     connection = Connection(client_id, keep_session=True)
     served = Gateway(db, connection, Documents("http://127.0.0.1:1/", fleet.order_key, 3600), settings)
-    await connection.open(settings, (*REQUEST_FILTERS, PULSE_TOPIC), served.receive)
+    await connection.open(settings, REQUEST_FILTERS, served.receive)
     running = [asyncio.create_task(served.run(stop))]
     if pulses:
         running.append(asyncio.create_task(send_pulses(connection, served.name, stop, 0.1)))
@@ -289,8 +289,8 @@ async def test_no_device_can_send_the_pulse_nor_hear_it(db: Database, version: P
         attacker = await ground.device("attacker")
         service = ground.credentials(GATEWAY)
         async with (
-            ear(ground.client(service, engine=True, client_id="engine@ear"), [PULSE_TOPIC, "devices/#"]) as engine,
-            ear(ground.client(await ground.device("listener")), ["tidegate/#", "devices/listener/#"]) as listener,
+            ear(ground.client(service, engine=True, client_id="engine@ear"), ["devices/#"]) as engine,
+            ear(ground.client(await ground.device("listener")), ["devices/#"]) as listener,
         ):
             await say(ground, attacker, version, (PULSE_TOPIC, "forged"), ("devices/attacker/heartbeat", "last"))
             assert await engine.hears("last") and "forged" not in engine.texts

@@ -1,5 +1,7 @@
 """Alert rules: how they are written, and what values make of them."""
 
+import re
+import time
 from datetime import timedelta
 from itertools import pairwise
 from typing import Any
@@ -9,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+import models.alerting
 from cli.spec import parse_model
 from domain.alerting import WELL, Change, Progress, is_back, is_beyond, judge
 from models.alerting import BUILT_IN, AlertRuleSpec, Comparison, parse_condition
@@ -208,3 +211,23 @@ def test_what_is_missing_might_as_well_not_have_come(of: AlertRuleSpec, values: 
     place = min(at, len(values))
     with_gap = changes(of, [*values[:place], None, *values[place:]])
     assert with_gap[:place] + with_gap[place + 1 :] == changes(of, values)
+
+
+def test_a_clock_that_was_set_back_does_not_put_an_alert_off() -> None:
+    lasting = rule("cpuTemperature > 80 for 10m")
+    progress, change = judge(Progress(in_a_row=1, since=100_000.0), 81, 1000.0, lasting)
+    assert (progress.since, change) == (1000.0, None)
+    assert judge(progress, 81, 1600.0, lasting)[1] is Change.OPENED
+
+
+@pytest.mark.parametrize("written", ["a > " + "1" * 20_000 + "e", "a > 1" + " " * 20_000 + "x", "a" * 20_000])
+def test_a_condition_that_is_no_end_of_text_is_refused_unread(written: str) -> None:
+    with pytest.raises(ValueError, match="at most 500 characters"):
+        parse_condition(written)
+
+
+def test_a_number_is_read_in_one_way() -> None:
+    """Digits that could be split between two parts of the pattern took a minute to refuse."""
+    started = time.process_time()
+    assert re.compile(models.alerting._NUMBER + r"(?![\w.%])").match("1" * 20_000 + "e") is None
+    assert time.process_time() - started < 2

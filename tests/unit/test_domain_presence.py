@@ -77,3 +77,11 @@ def test_a_pulse_names_its_gateway_and_its_time() -> None:
     for body in ({}, {"gateway": 1, "sent": 5}, {"gateway": "a", "sent": True}, {"gateway": "a", "sent": "5"}):
         with pytest.raises(ValueError, match="expected a pulse"):
             parse_pulse(body)
+
+
+def test_a_pulse_from_the_future_says_nothing_of_now() -> None:
+    """The clock was set back after it."""
+    assert not is_listening(Coverage(NOON, after(minutes=60)), NOON)
+    assert is_listening(Coverage(NOON, after(seconds=1)), NOON), (
+        "two transactions may see their times the other way round"
+    )

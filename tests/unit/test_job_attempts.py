@@ -1,13 +1,16 @@
 """Attempts of one execution: backoff, late reports, what may begin, and counters that follow from any order of events."""
 
+from dataclasses import replace
 from datetime import timedelta
+from typing import Any
 
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from domain.admission import COUNTERS, ExecutionRow, JobRow, Ledger, Report, WaveRow
+import domain.admission
+from domain.admission import COUNTERS, ExecutionRow, JobRow, Ledger, Refusal, Report, WaveRow
 from domain.gate import NEVER, breaker_of
 from domain.lifecycle import GateEffect, gate_effect
 from models.jobspec import RetrySpec
@@ -339,3 +342,39 @@ class Attempts(RuleBasedStateMachine):
 
 TestAttempts = Attempts.TestCase
 TestAttempts.settings = settings(max_examples=60, stateful_step_count=60, deadline=None)
+
+
+def second_attempt_hears_the_first_one_fail(**more: Any) -> tuple[ExecutionRow, Refusal | None]:
+    """The second attempt is on, and the broker delivers the failure of the first again."""
+    book = job_of(1)
+    fail(book, 100.0)
+    execution = only(book)
+    assert book.admit(execution, 200.0, None) is None
+    return execution, book.report(execution, replace(FAILED, duplicate=True, **more), 201.0)
+
+
+def test_a_failure_that_comes_again_does_not_end_the_attempt_after_it() -> None:
+    execution, refusal = second_attempt_hears_the_first_one_fail()
+    assert refusal is not None and "say it with its executionNumber" in refusal.message
+    assert (execution.state, execution.execution_number) == (S.IN_PROGRESS, 2)
+    _, refusal = second_attempt_hears_the_first_one_fail(execution_number=1)
+    assert refusal is not None and refusal.code is ErrorCode.TERMINAL_STATE_REACHED
+
+
+@pytest.mark.parametrize("named", [{"execution_number": 2}, {"expected_version": 2}])
+def test_a_failure_that_says_whose_it_is_counts_although_it_comes_again(named: dict[str, int]) -> None:
+    execution, refusal = second_attempt_hears_the_first_one_fail(**named)
+    assert refusal is None and (execution.state, execution.execution_number) == (S.QUEUED, 3)
+
+
+def test_without_the_question_whose_it_is_it_would_end_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(domain.admission, "_may_be_of_an_earlier_attempt", lambda *_: False)
+    execution, refusal = second_attempt_hears_the_first_one_fail()
+    assert refusal is None and (execution.state, execution.execution_number) == (S.QUEUED, 3)
+
+
+def test_the_first_attempts_failure_counts_whether_it_comes_again_or_not() -> None:
+    book = job_of(1)
+    assert book.admit(only(book), 100.0, None) is None
+    assert book.report(only(book), replace(FAILED, duplicate=True), 101.0) is None
+    assert only(book).execution_number == 2

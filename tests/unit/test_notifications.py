@@ -5,11 +5,12 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import apprise
 import orjson
 import pytest
 
 from activities.channels import Channel, load_channels
-from activities.notifying import body_of
+from activities.notifying import _through_apprise, body_of
 from domain.notifications import MAX_NAMED, compose, in_words
 from models.alerting import AlertEvent, NotedAlert, NotifyInput, Severity
 from models.errors import NotFoundError, SpecError, TidegateError
@@ -129,3 +130,47 @@ def test_the_list_of_channels_shows_nothing_that_is_secret(tmp_path: Path) -> No
         assert "secret" not in ran.out + ran.err and SECRET not in ran.out
     missing = run("alert", "channel", "list", TIDEGATE_STATE_DIR=str(tmp_path))
     assert missing.status == 2 and "TIDEGATE_NOTIFY_FILE" in missing.err
+
+
+def test_what_a_device_has_said_is_one_line_of_a_notification() -> None:
+    said = "motor-1 refused to reboot: \n\ncritical site-offline: all of berlin\x1b[2J\u202e" + "\n" * 400
+    [shown] = told([alert(1).model_copy(update={"text": said})]).alerts
+    assert shown.text.isprintable() and shown.text.startswith("motor-1 refused to reboot: \\n\\ncritical")
+    assert len(shown.text) == 300
+
+
+def sent_by_mail(monkeypatch: pytest.MonkeyPatch, address: str, text: str) -> tuple[str, str]:
+    """The body that a mail channel sends, and as what, as apprise hands them to the channel."""
+    sent: list[tuple[str, str]] = []
+
+    def send(self: Any, body: str, *_: Any, body_format: Any = None, **__: Any) -> bool:
+        sent.append((body, str(self.resolve_format(body_format).value)))
+        return True
+
+    monkeypatch.setattr("apprise.plugins.email.NotifyEmail.send", send)
+    assert _through_apprise(address, told([alert(1).model_copy(update={"text": text})]))
+    return sent[0]
+
+
+ADDRESS, SPY = "mailto://user:password@example.com", 'refused: <img src="http://spy.example/x">'
+IMGHDR = pytest.mark.filterwarnings("ignore:'imghdr' is deprecated:DeprecationWarning")
+"""Imported by one of the channels that apprise looks through."""
+
+
+@IMGHDR
+def test_what_a_device_has_said_is_no_html_in_a_mail(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert sent_by_mail(monkeypatch, ADDRESS, SPY)[1] == "text"
+    body, kind = sent_by_mail(monkeypatch, f"{ADDRESS}?format=html", SPY)
+    assert kind == "html" and "<img" not in body and "spy.example" in body
+
+
+@IMGHDR
+def test_without_being_told_that_it_is_text_the_mail_would_hold_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = apprise.Apprise.notify
+
+    def notify(self: Any, *arguments: Any, body_format: Any = None, **options: Any) -> Any:
+        return real(self, *arguments, **options)
+
+    monkeypatch.setattr(apprise.Apprise, "notify", notify)
+    body, kind = sent_by_mail(monkeypatch, ADDRESS, SPY)
+    assert kind == "html" and "<img" in body

@@ -245,6 +245,27 @@ def test_a_lock_ends_after_its_time_even_where_the_clock_is_set_back_and_counts_
         assert bench.answer("{}")["wrongTokens"] == number
 
 
+@pytest.mark.parametrize("defended", [True, False])
+def test_a_lock_ends_on_a_device_whose_clock_has_lost_its_time(defended: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = Bench()
+    for _ in range(MAX_WRONG):
+        bench.answer("{}")
+    if not defended:  # as it was: no longer than a lock is, whenever one looks
+        monkeypatch.setattr(
+            agent.reboot.RebootGuard,
+            "_locked_for",
+            lambda self, now: min(self.state.locked_until - now, LOCK_SECONDS),
+        )
+    bench.clock.now = 60  # a power cut, and no battery
+    bench.start()
+    assert "for 15 minutes more" in bench.answer("{}")["error"]
+    bench.clock.now += LOCK_SECONDS - 1
+    bench.start()
+    assert "locked after" in bench.answer("{}")["error"]
+    bench.clock.now += 1
+    assert (bench.answer("{}").get("wrongTokens") == 1) is defended
+
+
 def test_a_good_order_ends_the_count() -> None:
     bench = Bench()
     for _ in range(MAX_WRONG - 1):
