@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import os
 import signal
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,21 +34,25 @@ class Program:
         """Run it. Raises TaskError."""
         environment = os.environ | {"TIDEGATE_JOB_ID": task.job_id, "TIDEGATE_ATTEMPT": str(task.attempt)}
         try:
-            process = await asyncio.create_subprocess_exec(
-                str(self.path),
-                stdin=asyncio.subprocess.PIPE,
-                stdout=asyncio.subprocess.PIPE,
-                stderr=asyncio.subprocess.STDOUT,
-                env=environment,
-                start_new_session=True,
-            )
+            # A file and no pipe: a program need not read, and uvloop takes writing to one that has ended for a mistake.
+            with tempfile.TemporaryFile() as document:
+                document.write(orjson.dumps(task.payload))
+                document.seek(0)
+                process = await asyncio.create_subprocess_exec(
+                    str(self.path),
+                    stdin=document,
+                    stdout=asyncio.subprocess.PIPE,
+                    stderr=asyncio.subprocess.STDOUT,
+                    env=environment,
+                    start_new_session=True,
+                )
         except OSError as error:
             raise TaskError(
                 FailureClass.INTERNAL, f"{self.path} cannot be started: {error.strerror or error}"
             ) from error
         try:
             async with asyncio.timeout(self.timeout_seconds):
-                output = await _converse(process, orjson.dumps(task.payload))
+                output = await _end_of_output(process)
                 status = await process.wait()
         except TimeoutError as error:
             raise TaskError(
@@ -63,12 +68,8 @@ class Program:
         return {"output": output} if output else {}
 
 
-async def _converse(process: asyncio.subprocess.Process, document: bytes) -> str:
-    assert process.stdin is not None and process.stdout is not None
-    with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it need not read
-        process.stdin.write(document)
-        await process.stdin.drain()
-    process.stdin.close()
+async def _end_of_output(process: asyncio.subprocess.Process) -> str:
+    assert process.stdout is not None
     kept = b""
     while piece := await process.stdout.read(4096):
         kept = (kept + piece)[-MAX_OUTPUT_BYTES:]

@@ -190,7 +190,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Runs a fleet of devices in one process: real ones (downloads, deltas, slots on disk), or simulated "
         "ones for benchmarks. Faults are derived from the seed, so a run can be repeated.",
         epilog="example: python -m agent.fleet --devices 60 --state fleet --base motor-1.2.0.bin --base-version 1.2.0 "
-        "--release-key release.pub.pem --order-key order.pub.pem --fault version=1.3.0-rc1,crash=70%%,no-confirm=30%%",
+        "--release-key release.pub.pem --order-key order.pub.pem --fault version=1.3.0-rc1,crash=70%,no-confirm=30%",
     )
     who = parser.add_argument_group("the devices")
     who.add_argument("--devices", type=int, metavar="N", help="how many (10; or of the file, the first N)")

@@ -104,7 +104,17 @@ def _grouped(groups: Sequence[AlertGroup], now: datetime) -> Table:
 
 def _listed(alerts: Sequence[AlertView], now: datetime) -> Table:
     rows = [
-        (a.alert_no, a.severity, a.state, a.rule, a.subject, a.text, a.occurrences, ago(a.last_at, now), _by(a))
+        (
+            a.alert_no,
+            a.severity,
+            a.state,
+            a.rule,
+            a.subject,
+            a.text.removeprefix(f"{a.subject}: "),
+            a.occurrences,
+            ago(a.last_at, now),
+            _by(a),
+        )
         for a in alerts
     ]
     columns = ("no", "severity", "state", "rule", "subject", "what", "times", "last", "by")

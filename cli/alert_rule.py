@@ -174,7 +174,10 @@ def _given(
     try:
         return AlertRuleSpec.model_validate(document)
     except ValidationError as error:
-        mistakes = [Mistake(path_of(fault.where), fault.message) for fault in faults_of(error, AlertRuleSpec)]
+        mistakes = [
+            Mistake(path_of(fault.where) if fault.where else "when", fault.message)
+            for fault in faults_of(error, AlertRuleSpec)
+        ]
         raise SpecError(f"rule {name}", mistakes) from error
 
 

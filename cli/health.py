@@ -19,6 +19,9 @@ from store.health import HealthStore
 
 app = typer.Typer(help="Device types: how long their devices may be silent.", no_args_is_help=True)
 
+BESIDE_COURSE = 72
+"""Columns that name and numbers of a measurement take beside its course."""
+LEAST_COURSE = 8
 _BARS = "▁▂▃▄▅▆▇█"
 SETTING = "setting"
 """Written for a limit: what TIDEGATE_OFFLINE_MINUTES says."""
@@ -75,8 +78,13 @@ async def show_device_health(
         )
     ]
     if health.measurements:
+        room = max(LEAST_COURSE, session.out.console.width - BESIDE_COURSE)
         rows = [
-            (m.name, *(_number(m.name, value) for value in (m.least, m.mean, m.most, m.newest)), sparkline(m.course))
+            (
+                m.name,
+                *(_number(m.name, value) for value in (m.least, m.mean, m.most, m.newest)),
+                sparkline(narrowed(m.course, room)),
+            )
             for m in health.measurements
         ]
         numbers = ("least", "mean", "most", "newest")
@@ -120,6 +128,17 @@ async def set_device_type(
         {"device_type": device_type, "offline_after_seconds": limit and limit.total_seconds()},
         f"devices of type {device_type} count as offline {said} of silence",
     )
+
+
+def narrowed(course: Sequence[float | None], width: int) -> list[float | None]:
+    """A course in at most so many points: neighbours become one, with the highest of their values.
+
+    >>> narrowed([1, 2, None, 8, None, None, 5], 4)
+    [2, 8, None, 5]
+    """
+    each = -(-len(course) // width)
+    parts = [[value for value in course[at : at + each] if value is not None] for at in range(0, len(course), each)]
+    return [max(part, default=None) for part in parts]
 
 
 def sparkline(course: Sequence[float | None]) -> str:

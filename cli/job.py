@@ -212,11 +212,8 @@ async def list_jobs(
     async with session.database() as db:
         found = await FleetJobStore(db).list(limit, status or ())
     rows = [row_of(view) for view in found]
-    columns = ("job", "operation", "state", "devices", "ok", "failed", "in progress", "waiting", "planned", "reason")
-    numbers = ("devices", "ok", "failed", "in progress", "waiting")
-    session.out.result(
-        {"jobs": [as_dict(view) for view in found]}, [table("", columns, rows, right=numbers)] if rows else []
-    )
+    columns = ("job", "operation", "state", "planned", "devices", "reason")
+    session.out.result({"jobs": [as_dict(view) for view in found]}, [table("", columns, rows)] if rows else [])
     if not found:
         session.out.say("no job; 'job start SPEC.yaml' begins one")
 

@@ -87,6 +87,11 @@ def specification_of(what: str, quick: Quick, target: Target) -> FleetJobSpec:
                 f"'job start {what} --operation restart --site berlin'"
             )
         return load_spec(Path(what), FleetJobSpec)
+    if quick.operation is JobOperation.CUSTOM and quick.document is None:
+        raise InvalidInputError(
+            f"cannot start {what}: expected --document FILE with operation custom, a JSON object that tells devices what "
+            "to do"
+        )
     given: dict[str, Any] = {
         "name": what,
         "operation": quick.operation,

@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cli.output import as_dict, facts, printable, table, when
-from cli.screen import BAR_WIDTH, EVENTS_SHOWN, OUTCOME_STYLE, PHASE_STYLE, bar, event_lines, failures_in
+from cli.screen import EVENTS_SHOWN, OUTCOME_STYLE, PHASE_STYLE, Bar, event_lines, failures_in
 from models.fleetjob import FailureView, FleetJobStatus, FleetJobView
 from models.jobspec import FleetJobSpec, Membership
 from models.protocol import JobOperation
@@ -146,14 +146,14 @@ def _waves(view: FleetJobView) -> Table:
     """A row per wave: bar and counts."""
     made = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     made.add_column("wave", no_wrap=True)
-    made.add_column("", width=BAR_WIDTH, no_wrap=True)
+    made.add_column("")
     for name in ("devices", "ok", "failed", "in progress", "waiting", "withdrawn"):
         made.add_column(name, justify="right", no_wrap=True)
     for wave in view.waves:
         c, failed = wave.counts, failures_in(wave.counts)
         made.add_row(
             Text(f"{wave.wave} {printable(wave.name)}"),
-            bar(c),
+            Bar(c),
             str(c.total or wave.target_count),
             str(c.succeeded),
             Text(str(failed), style="red" if failed else ""),
@@ -245,10 +245,12 @@ def failure_table(groups: Sequence[FailureGroup]) -> Table:
 
 
 def row_of(view: FleetJobView) -> tuple[object, ...]:
-    """A job in the list of jobs."""
+    """A job in the list of jobs: few columns, so that a list fits 80 characters."""
     p = view.progress
-    return (view.name, view.operation, view.outcome or view.phase, p.total, p.succeeded, p.failed, p.in_progress,
-            p.waiting, when(view.created_at), view.reason)  # fmt: skip
+    counts = (("ok", p.succeeded), ("failed", p.failed), ("in progress", p.in_progress), ("waiting", p.waiting))
+    stands = f"{', '.join(f'{count} {name}' for name, count in counts if count) or 'none'} of {p.total}"
+    told = "" if view.outcome is Outcome.SUCCEEDED else view.reason
+    return view.name, view.operation, view.outcome or view.phase, when(view.created_at), stands, told
 
 
 def devices_table(found: Sequence[ExecutionView]) -> Table:

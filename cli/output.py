@@ -15,8 +15,9 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic_core import to_json
 from rich import box
-from rich.console import Console, RenderableType
-from rich.table import Table
+from rich.cells import cell_len
+from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
+from rich.table import Column, Table
 from rich.text import Text
 
 from models.errors import (
@@ -34,6 +35,10 @@ from models.rollout import Outcome
 
 WIDE = 160
 """Columns where stdout is not a terminal: tables go to files and pipes unfolded."""
+LONGEST_NAME = 18
+"""Columns of what is kept in one piece on a narrow terminal: a state, a name, but no time and no reason."""
+LEAST_TEXT = 8
+"""Columns that a text keeps on a narrow terminal, before names beside it are broken."""
 
 
 class ExitStatus(IntEnum):
@@ -149,13 +154,40 @@ def printable(text: str, kept: str = "") -> str:
     return "".join(c if c.isprintable() or c in kept else c.encode("unicode_escape").decode() for c in text)
 
 
+class FittedTable(Table):
+    """A table that on a narrow terminal leaves empty columns out and breaks long texts, not numbers, states and names."""
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        if sum(map(_natural_width, self.columns)) + 3 * len(self.columns) + 1 > options.max_width:
+            self.columns = [column for column in self.columns if any(map(str, column.cells))] or self.columns
+            self._keep_whole(options.max_width)
+        yield from super().__rich_console__(console, options)
+
+    def _keep_whole(self, width: int) -> None:
+        """Keep the narrowest columns in one piece, as long as enough is left of the others to be read."""
+        columns = sorted(self.columns, key=_natural_width)
+        room = width - 3 * len(columns) - 1
+        for number, column in enumerate(columns, start=1):
+            room -= _natural_width(column)
+            column.no_wrap = _natural_width(column) <= LONGEST_NAME and room >= sum(map(_least_width, columns[number:]))
+
+
+def _natural_width(column: Column) -> int:
+    return max(cell_len(str(cell)) for cell in (column.header, *column.cells))
+
+
+def _least_width(column: Column) -> int:
+    words = " ".join(str(cell) for cell in (column.header, *column.cells)).split()
+    return min(LEAST_TEXT, max(map(cell_len, words), default=0))
+
+
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], right: Sequence[str] = ()) -> Table:
     """A table of text; None is shown as nothing, and nothing is read as markup.
 
     Args:
         right: columns that are numbers.
     """
-    made = Table(title=title or None, title_justify="left", box=box.SIMPLE_HEAD, header_style="bold")
+    made = FittedTable(title=title or None, title_justify="left", box=box.SIMPLE_HEAD, header_style="bold")
     for name in columns:
         made.add_column(name, justify="right" if name in right else "left", overflow="fold")
     for row in rows:

@@ -295,7 +295,11 @@ def _tell_started(session: Session, spec: RolloutSpec, planned: Snapshot | None,
         "ui_url": link,
     }
     sizes = ", ".join(f"{wave.name} {wave.target_count}" for wave in waves)
-    plan = f"{planned.view.devices} devices in {len(waves)} waves: {sizes}" if planned else "being planned"
+    plan = (
+        f"{planned.view.devices} devices in {len(waves)} wave{'' if len(waves) == 1 else 's'}: {sizes}"
+        if planned
+        else "being planned"
+    )
     pairs = [("rollout", spec.name), ("release", spec.release), ("plan", plan), ("UI", link)]
     hint = ("watch", f"rollout watch {spec.name}")
     session.out.result(made, [facts(pairs), ""] if waits else facts([*pairs, hint]))

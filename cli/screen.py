@@ -7,7 +7,8 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from rich import box
-from rich.console import Group, RenderableType
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
@@ -183,7 +184,7 @@ def wave_table(view: RolloutView) -> Table:
     """A row per wave: bar, counts, verdict."""
     made = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     made.add_column("wave", no_wrap=True)
-    made.add_column("", width=BAR_WIDTH, no_wrap=True)
+    made.add_column("")
     for name in ("devices", "ok", "failed", "updating", "queued"):
         made.add_column(name, justify="right", no_wrap=True)
     made.add_column("gate", overflow="fold")
@@ -191,7 +192,7 @@ def wave_table(view: RolloutView) -> Table:
         c = wave.counts
         made.add_row(
             Text(f"{wave.wave} {printable(wave.name)}"),
-            bar(c),
+            Bar(c),
             str(c.total or wave.target_count),
             str(c.succeeded),
             Text(str(failures_in(c)), style="red" if failures_in(c) else ""),
@@ -200,6 +201,19 @@ def wave_table(view: RolloutView) -> Table:
             _gate_cell(wave, view.spec.gate),
         )
     return made
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A bar in a table, where it gives way: on a narrow terminal it is the bar that shrinks, and no number is cut."""
+
+    counts: WaveCounts
+
+    def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
+        return Measurement(1, BAR_WIDTH)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield bar(self.counts, min(BAR_WIDTH, options.max_width))
 
 
 def bar(counts: WaveCounts, width: int = BAR_WIDTH) -> Text:

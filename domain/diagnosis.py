@@ -4,6 +4,7 @@ Answers are what a device chose to send: every field may be missing, or anything
 is left out.
 """
 
+import re
 from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any
@@ -12,6 +13,8 @@ from models.protocol import DiagnosticType
 from models.quantities import format_duration
 
 MAX_LINE_CHARS = 160
+_QUESTION = re.compile(r"asked for '[^']*': ")
+"""What a device notes of being asked: the last line of every log that was asked for, and no news."""
 
 
 def number(value: Any) -> float | None:
@@ -56,6 +59,8 @@ def summary(what: str, answer: Mapping[str, Any]) -> str:
     'up 1m30s, 25% of memory free, disk 90% full'
     >>> summary("log-tail", {"logs": ["one", "the last one"]})
     'its log ends: the last one'
+    >>> summary("log-tail", {"logs": ["fell back", "asked for 'system-info': answered"]})
+    'its log ends: fell back'
     """
     if what == DiagnosticType.SYSTEM_INFO:
         disk = answer.get("diskUsage")
@@ -72,5 +77,6 @@ def summary(what: str, answer: Mapping[str, Any]) -> str:
     if what == DiagnosticType.LOG_TAIL:
         logs = answer.get("logs")
         lines = [line for line in logs if isinstance(line, str) and line.strip()] if isinstance(logs, list) else []
-        return f"its log ends: {lines[-1][:MAX_LINE_CHARS]}" if lines else ""
+        own = [line for line in lines if not _QUESTION.search(line)]
+        return f"its log ends: {(own or lines)[-1][:MAX_LINE_CHARS]}" if lines else ""
     return ""

@@ -180,7 +180,7 @@ class AlertRuleSpec(BaseModel):
 
 _BEYOND = (
     (re.compile(rf"\s*({_METRIC.pattern})\s*"), "a heartbeat's key, as cpuTemperature"),
-    (re.compile(r"(>=|<=|==|!=|>|<)\s*"), "one of > >= < <= == !="),
+    (re.compile(r"(>=|<=|==|!=|>|<)(?![<>=!])\s*"), "one of > >= < <= == !="),
     (re.compile(rf"({_NUMBER})(?![\w.%])\s*"), "a number"),
 )
 _CLEAR = re.compile(

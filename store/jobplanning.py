@@ -336,7 +336,7 @@ async def _insert_executions(connection: AsyncConnection, spec: FleetJobSpec, jo
     await connection.execute("UPDATE jobs SET devices = %s WHERE job_no = %s", (cut.upto, job_no))
     # The planner's statistics would otherwise say that the table is empty until autovacuum comes by.
     await connection.execute("ANALYZE executions")
-    await append_event(connection, job_no, "planned", f"{cut.upto} devices in {len(cut.bounds)} waves: {cut.names}")
+    await append_event(connection, job_no, "planned", cut.text)
 
 
 def _new_sql(job: _Continuous, job_no: int) -> tuple[str, dict[str, Any]]:

@@ -174,6 +174,11 @@ class Cut:
     upto: int
     names: str
 
+    @property
+    def text(self) -> str:
+        """`40 devices in 2 waves: canary 4, fleet 36`."""
+        return f"{self.upto} devices in {len(self.bounds)} wave{'' if len(self.bounds) == 1 else 's'}: {self.names}"
+
 
 async def insert_waves(
     connection: AsyncConnection,
@@ -227,7 +232,7 @@ async def _insert_executions(connection: AsyncConnection, spec: RolloutSpec, job
     await connection.execute("UPDATE jobs SET devices = %s WHERE job_no = %s", (cut.upto, job_no))
     # The planner's statistics would otherwise say that the table is empty until autovacuum comes by.
     await connection.execute("ANALYZE executions")
-    await append_event(connection, job_no, "planned", f"{cut.upto} devices in {len(cut.bounds)} waves: {cut.names}")
+    await append_event(connection, job_no, "planned", cut.text)
 
 
 async def read_plan(connection: AsyncConnection, job_no: int) -> PlanRolloutResult:

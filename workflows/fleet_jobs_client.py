@@ -45,7 +45,7 @@ from models.ids import (
 )
 from models.jobspec import FleetJobSpec
 from models.protocol import JobOperation
-from models.quantities import format_share
+from models.quantities import format_duration, format_share
 from models.rollout import Phase
 from workflows.attributes import found_by
 from workflows.fleet_job import FleetJobWorkflow
@@ -184,8 +184,8 @@ def details(spec: FleetJobSpec, requested_by: str) -> str:
         f"**Target** `{spec.target.model_dump_json(exclude_defaults=True)}` ({spec.membership})"
         if spec.retry_of is None
         else f"**Target** the devices of job {spec.retry_of} that have failed",
-        f"**Attempts** {retry.max_attempts}, {retry.backoff} after the first, times {retry.backoff_multiplier:g} "
-        f"after each, at most {retry.max_backoff}",
+        f"**Attempts** {retry.max_attempts}, {format_duration(retry.backoff)} after the first, times {retry.backoff_multiplier:g} "
+        f"after each, at most {format_duration(retry.max_backoff)}",
         f"**Pace** {spec.max_parallel} at a time, {spec.per_minute or 'no limit'} per minute",
         f"**Gate** healthy {format_share(gate.healthy)}, limit {format_share(gate.limit)}" if gate else "**Gate** none",
     ]

@@ -62,6 +62,7 @@ REFUSED = [
     ("80 > cpuTemperature", "expected a heartbeat's key"),
     ("cpuTemperature", "expected one of > >= < <= == !=, got 'nothing'"),
     ("cpuTemperature is 80", "expected one of > >= < <= == !=, got 'is 80'"),
+    ("cpuTemperature >> 80", "expected one of > >= < <= == !=, got '>> 80'"),
     ("cpuTemperature > ", "expected a number, got 'nothing'"),
     ("cpuTemperature > 80%", "expected a number, got '80%'"),
     ("cpuTemperature > 80 twice", "expected 'for N heartbeats', 'for 10m' or ', clear ...', got 'twice'"),

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from cli.jobexplain import why_here, why_not_in
 from cli.joboptions import Quick, Target, specification_of
-from cli.jobscreen import JobSnapshot, failure_groups, next_command
+from cli.jobscreen import JobSnapshot, failure_groups, next_command, row_of
 from cli.spec import parse_spec
 from models.device import DeviceRecord, DeviceStatus
 from models.errors import InvalidInputError, NotFoundError, SpecError
@@ -151,13 +151,23 @@ def test_failures_are_grouped_by_class_with_the_most_frequent_words_and_each_dev
     assert first.examples == ("m0", "m1", "m2")
 
 
-def test_the_screen_shows_bars_figures_and_no_control_character_of_a_reason() -> None:
-    console = Console(width=120, record=True, file=io.StringIO())
+@pytest.mark.parametrize("width", [80, 120])
+def test_the_screen_shows_bars_figures_and_no_control_character_of_a_reason(width: int) -> None:
+    console = Console(width=width, record=True, file=io.StringIO())
     snapshot = JobSnapshot(NOW, job(reason="evil \x1b[2J"), ui_link="http://ui")
     console.print(snapshot.screen)
     text = console.export_text()
     assert "6 of 10 done, 1 failed" in text and "████" in text and "\x1b" not in text
+    assert "withdrawn" in text and "…" not in text
     assert snapshot.line == "rolling | 6 ok, 1 failed, 2 in progress, 1 waiting of 10"
+
+
+def test_a_list_of_jobs_says_where_each_stands_and_why_only_where_that_is_news() -> None:
+    going = job(reason="paused by mara")
+    assert row_of(going)[4:] == ("6 ok, 1 failed, 2 in progress, 1 waiting of 10", "paused by mara")
+    ended = job(outcome=Outcome.SUCCEEDED, progress=FleetJobProgress(total=1, succeeded=1), reason="1 of 1 succeeded")
+    assert row_of(ended)[4:] == ("1 ok of 1", "")
+    assert row_of(job(progress=FleetJobProgress()))[4] == "none of 0"
 
 
 def test_options_make_the_same_specification_as_a_file() -> None:
@@ -198,6 +208,8 @@ def test_options_that_do_not_fit_the_operation_are_told_as_a_file_s_are(tmp_path
         specification_of("a", Quick(operation=JobOperation.FIRMWARE_UPDATE), Target(everything=True))
     with pytest.raises(SpecError, match="operation restart reboots"):
         specification_of("a", Quick(operation=JobOperation.DIAGNOSTIC, ask=["reboot"]), Target(everything=True))
+    with pytest.raises(InvalidInputError, match="expected --document FILE with operation custom"):
+        specification_of("a", Quick(operation=JobOperation.CUSTOM), Target(everything=True))
     with pytest.raises(NotFoundError, match="--document"):
         specification_of("a", Quick(operation=JobOperation.CUSTOM, document=tmp_path / "no"), Target(everything=True))
     (tmp_path / "twice.json").write_text('{"a": 1, "a": 2}')

@@ -64,9 +64,9 @@ def rollout(*waves: WaveProgress, **changes: Any) -> RolloutView:
     return RolloutView(**{**values, **changes})
 
 
-def text_of(snapshot: Snapshot) -> str:
-    """The screen as a terminal of 120 columns shows it."""
-    console = Console(file=io.StringIO(), width=120, force_terminal=True, color_system=None)
+def text_of(snapshot: Snapshot, width: int = 120) -> str:
+    """The screen as a terminal of so many columns shows it."""
+    console = Console(file=io.StringIO(), width=width, force_terminal=True, color_system=None)
     console.print(screen(snapshot))
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue()
@@ -112,6 +112,15 @@ def test_a_bar_is_as_wide_as_the_wave_and_hides_no_failure(counts: WaveCounts) -
 
 def test_one_failure_in_a_thousand_is_seen() -> None:
     assert any(span.style == "red" for span in bar(WaveCounts(succeeded=500, failed=1, queued=499)).spans)
+
+
+@pytest.mark.parametrize("width", [72, 80, 120])
+def test_on_a_narrow_terminal_the_bar_gives_way_and_no_number_does(width: int) -> None:
+    seen = Snapshot(NOW, rollout(wave(succeeded=10345, failed=678, in_progress=901, queued=421)))
+    drawn = text_of(seen, width)
+    table = next(line for line in drawn.splitlines() if "canary" in line and "█" in line)
+    assert [word for word in table.split() if word.isdigit()][:6] == ["1", "12345", "10345", "678", "901", "421"]
+    assert all(name in drawn for name in ("devices", "ok", "failed", "updating", "queued")) and "…" not in drawn
 
 
 # --- the screen ------------------------------------------------------------------------------------------------------
