@@ -26,6 +26,7 @@ from prometheus_client import Counter
 from redis.exceptions import RedisError
 
 from models.errors import TidegateError
+from observe.stopping import pause
 from store.cache_queue import CacheQueue
 from store.device_cache import CacheLostError, CacheWriter, open_redis
 
@@ -71,7 +72,7 @@ class CacheRelay:
                     await self._run_once(stop)
                 except (psycopg.Error, RedisError, OSError, TidegateError) as error:
                     self._say("the lookup cache is not invalidated, so it is not used", error)
-                await _pause(stop, RETRY_SECONDS)
+                await pause(stop, RETRY_SECONDS)
         finally:
             with suppress(RedisError, OSError):
                 await self._writer.close()
@@ -91,7 +92,7 @@ class CacheRelay:
     async def _serve(self, queue: CacheQueue, writer: CacheWriter, stop: asyncio.Event) -> None:
         await queue.register()
         while not await queue.older_writers_are_gone() and not stop.is_set():
-            await _pause(stop, BEAT_SECONDS)
+            await pause(stop, BEAT_SECONDS)
         renewed, whole = time.monotonic(), False
         while not stop.is_set():
             try:
@@ -108,7 +109,7 @@ class CacheRelay:
                 await writer.vouch(looked_at)
                 self._say("the lookup cache is invalidated by this worker")
                 await queue.wait(BEAT_SECONDS)
-                await _pause(stop, GATHER_SECONDS)
+                await pause(stop, GATHER_SECONDS)
             except CacheLostError as error:
                 log.warning("everything in the lookup cache is void", reason=str(error))
                 whole = False
@@ -116,7 +117,7 @@ class CacheRelay:
                 self._say(
                     "Redis does not answer; changed devices wait to be forgotten, and readers ask PostgreSQL", error
                 )
-                await _pause(stop, RETRY_SECONDS)
+                await pause(stop, RETRY_SECONDS)
 
     async def _deliver(self, queue: CacheQueue, writer: CacheWriter) -> int:
         """Have some changed devices forgotten; how many."""
@@ -139,8 +140,3 @@ async def _leave(queue: CacheQueue, writer: CacheWriter) -> None:
     with suppress(RedisError, OSError):
         await writer.end()
     await queue.leave()
-
-
-async def _pause(stop: asyncio.Event, seconds: float) -> None:
-    with suppress(TimeoutError):
-        await asyncio.wait_for(stop.wait(), seconds)

@@ -5,9 +5,7 @@ its chance, is marked as told to nobody.
 """
 
 import asyncio
-import time
 from collections.abc import Awaitable, Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -18,6 +16,7 @@ from psycopg_pool import PoolTimeout
 from temporalio.service import RPCError
 
 from models.alerting import NotifyInput
+from observe.stopping import pause
 from store.notifications import NotificationStore
 
 HANDED_OVER = Counter("tidegate_alert_changes_handed_over_total", "Changes of alerts given to notifications.")
@@ -30,9 +29,7 @@ QUIET = timedelta(minutes=1)
 """How long later ones of the same rule and event wait: a fleet that fails, fails one heartbeat after the other."""
 LEAVE = timedelta(minutes=5)
 """Longer than QUIET by far: what waits to be told together is still told, by a worker that has a file."""
-KEEP = timedelta(days=30)
 POLL_SECONDS = 1.0
-FORGET_SECONDS = 3600.0
 
 log = structlog.get_logger("relay")
 
@@ -45,7 +42,6 @@ class NotificationRelay:
     start: Callable[[NotifyInput], Awaitable[None]] | None
     gather: timedelta = GATHER
     quiet: timedelta = QUIET
-    _forgot_at: float = 0.0
 
     async def run(self, stop: asyncio.Event) -> None:
         """Hand over until `stop` is set, whatever is away for a while."""
@@ -53,14 +49,12 @@ class NotificationRelay:
         while not stop.is_set():
             try:
                 await self.hand_over()
-                await self._forget()
                 said = ""
             except (psycopg.Error, PoolTimeout, RPCError) as error:
                 if str(error) != said:
                     log.warning("cannot hand notifications over, trying again", reason=str(error).strip()[:200])
                 said = str(error)
-            with suppress(TimeoutError):
-                await asyncio.wait_for(stop.wait(), POLL_SECONDS)
+            await pause(stop, POLL_SECONDS)
 
     async def hand_over(self) -> int:
         """Start what is due; how many notifications that were. Raises RPCError where Temporal did not take one."""
@@ -73,8 +67,3 @@ class NotificationRelay:
             HANDED_OVER.inc(await self.store.handed_over(told.digest))
             DIGESTS.inc()
         return len(due)
-
-    async def _forget(self) -> None:
-        if time.monotonic() - self._forgot_at > FORGET_SECONDS:
-            await self.store.forget(KEEP)
-            self._forgot_at = time.monotonic()

@@ -9,7 +9,6 @@ A workflow that does not run any more needs no signal: it is dropped, with a lin
 
 import asyncio
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -24,7 +23,9 @@ from temporalio.client import Client
 from temporalio.service import RPCError, RPCStatusCode
 
 from models.identity import DeviceEvent
+from observe.stopping import pause
 from store.engine import Database
+from store.listening import heard
 from store.waits import CHANNEL
 
 DELIVERED = Counter("tidegate_outbox_delivered_total", "Signals delivered to workflows.")
@@ -34,9 +35,6 @@ BATCH = 50
 """Signals under way at one time. The development server took 229 a second when tried."""
 
 SIGNAL_TIMEOUT = timedelta(seconds=10)
-LISTEN_SECONDS = 2.0
-"""How long a notification may be missed before the outbox is looked at anyway."""
-
 RETRY_SECONDS = 1.0
 
 _FOR_NOBODY = (RPCStatusCode.NOT_FOUND, RPCStatusCode.INVALID_ARGUMENT)
@@ -67,14 +65,13 @@ class OutboxRelay:
                     await listener.execute(f"LISTEN {CHANNEL}".encode())
                     while not stop.is_set():
                         if not await self.deliver():
-                            await _notified(listener, stop)
+                            await heard(listener, stop)
                         said = ""
             except (psycopg.Error, PoolTimeout, RPCError) as error:
                 if str(error) != said:
                     log.warning("cannot deliver signals, trying again", reason=str(error).strip()[:200])
                 said = str(error)
-                with suppress(TimeoutError):
-                    await asyncio.wait_for(stop.wait(), RETRY_SECONDS)
+                await pause(stop, RETRY_SECONDS)
 
     async def deliver(self) -> int:
         """Deliver some; how many are out of the outbox now. Raises RPCError where Temporal took not all of them."""
@@ -113,21 +110,3 @@ class OutboxRelay:
         except ValidationError as error:
             DROPPED.inc()
             log.error("dropped a signal that is no device event", workflow=workflow_id, reason=str(error)[:300])
-
-
-async def _notified(listener: AsyncConnection, stop: asyncio.Event) -> None:
-    """Until the outbox has something, the time is over, or `stop` is set."""
-
-    async def heard() -> None:
-        async for _ in listener.notifies(timeout=LISTEN_SECONDS, stop_after=1):
-            pass
-
-    waiting = [asyncio.ensure_future(heard()), asyncio.ensure_future(stop.wait())]
-    try:
-        done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
-        for task in done:
-            task.result()
-    finally:
-        for task in waiting:
-            task.cancel()
-        await asyncio.gather(*waiting, return_exceptions=True)

@@ -16,10 +16,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from agent.client import JobsClient, Passports
+from agent.client import JobsClient
 from agent.credentials import Credentials, Pair, Standing, renewal_is_due
 from agent.enrolment import Enroller
 from agent.errors import CredentialError, EnrolmentError, RecordError, RequestError, RotationError
+from agent.passports import Passports
 from agent.records import decode_record, encode_record
 from agent.rotation import Rotation
 from agent.storage import Storage, replace_durably

@@ -21,7 +21,7 @@ from typing import Any
 import httpx
 
 from agent.bootloader import Boot, BootLoader
-from agent.client import Broker, JobsClient, MqttReports, Passports, Patience
+from agent.client import Broker, JobsClient, MqttReports, Patience
 from agent.commands import Commander, Enrolled, Rhythm
 from agent.configuration import ConfigurationStore, Configurator
 from agent.diagnoser import Diagnoser
@@ -30,6 +30,7 @@ from agent.download import Downloader, DownloadPolicy
 from agent.errors import RejectedError, UnansweredError
 from agent.image import Behaviour, behaviour_of, version_in
 from agent.logbook import LogBook
+from agent.passports import Passports
 from agent.reboot import RebootGuard
 from agent.shadow import ShadowKeeper
 from agent.slots import Slots

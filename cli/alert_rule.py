@@ -1,6 +1,5 @@
 """`alert rule list | show | set | enable | disable | delete | test`: when a heartbeat gives cause for an alert."""
 
-from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,13 +8,13 @@ from pydantic import ValidationError
 
 from cli.command import Session, command, whoami
 from cli.device import filter_of
+from cli.given import duration_of
 from cli.output import as_dict, facts, table
 from cli.spec import parse_model
 from domain.mistakes import faults_of, path_of
 from models.alerting import AlertRuleSpec, AlertRuleView, RuleTrial, Severity
 from models.device import DeviceFilter
 from models.errors import InvalidInputError, Mistake, NotFoundError, SpecError
-from models.quantities import parse_duration
 from store.alert_rules import AlertRuleStore
 from store.engine import Database
 
@@ -141,7 +140,7 @@ async def test_rule(
     """
     async with session.database() as db:
         rule = await _tried(db, name, condition, file, filter_of(type_, site or [], tag or [], [], [], [], None))
-        trial = await AlertRuleStore(db).trial(rule, _span(since))
+        trial = await AlertRuleStore(db).trial(rule, duration_of("--since", since))
     session.out.result({"rule": as_dict(rule), "since": since, **as_dict(trial)}, _in_words(rule, trial, since))
 
 
@@ -151,13 +150,6 @@ async def _tried(
     if name is not None and condition is None and file is None:
         return (await AlertRuleStore(db).get(name)).spec
     return _given(name or "trial", condition, file, Severity.WARNING, target)
-
-
-def _span(written: str) -> timedelta:
-    try:
-        return parse_duration(written)
-    except (ValueError, OverflowError) as error:
-        raise InvalidInputError(f"--since: {error}") from error
 
 
 def _in_words(rule: AlertRuleSpec, trial: RuleTrial, since: str) -> str:

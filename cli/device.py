@@ -12,6 +12,7 @@ import typer
 from pydantic import ValidationError
 
 from cli.command import Session, command
+from cli.given import duration_of
 from cli.output import ago, facts, printable, table
 from cli.presence import presence_facts
 from domain.device_rows import MAX_LINE_BYTES, Format, format_of
@@ -189,10 +190,7 @@ async def enroll_device(
     from cli.enroll import enroll
 
     address = url or session.enrolment_url()
-    try:
-        seconds = parse_duration(wait).total_seconds()
-    except (ValueError, OverflowError) as error:
-        raise InvalidInputError(f"--wait: {error}") from error
+    seconds = duration_of("--wait", wait).total_seconds()
     made = await asyncio.to_thread(enroll, address, serial, claim, out, seconds, session.out.say)
     session.out.result(
         {

@@ -16,6 +16,7 @@ from rich.text import Text
 from temporalio.client import WorkflowFailureError
 
 from cli.command import Session, whoami
+from cli.given import duration_of
 from cli.output import ExitStatus, as_dict, facts, printable, size, table, when
 from domain.diagnosis import number, percent, span, summary
 from models.diagnostics import (
@@ -29,7 +30,6 @@ from models.diagnostics import (
 )
 from models.errors import InvalidInputError, RefusedError
 from models.protocol import DiagnosticType
-from models.quantities import parse_duration
 from store.diagnostics import DiagnosticStore
 from workflows.lifecycle_client import start_diagnosis
 
@@ -110,10 +110,7 @@ def _question(
 def _delay(text: str | None) -> int | None:
     if text is None:
         return None
-    try:
-        seconds = parse_duration(text).total_seconds()
-    except (ValueError, OverflowError) as error:
-        raise InvalidInputError(f"--delay: {error}") from error
+    seconds = duration_of("--delay", text).total_seconds()
     if not 0 <= seconds <= MAX_DELAY_SECONDS:
         raise InvalidInputError(f"--delay: expected at most {MAX_DELAY_SECONDS} s, got {text}")
     return int(seconds)

@@ -8,12 +8,13 @@ import typer
 
 from cli.command import Session, command, whoami
 from cli.device import app as devices
+from cli.given import duration_of
 from cli.output import ago, facts, rough, size, table, when
 from cli.presence import presence_facts
 from domain.presence import MAX_GAP
 from models.errors import InvalidInputError
 from models.health import DeviceTypeView, FleetHealth, HealthGroup
-from models.quantities import format_duration, parse_duration
+from models.quantities import format_duration
 from store.health import HealthStore
 
 app = typer.Typer(help="Device types: how long their devices may be silent.", no_args_is_help=True)
@@ -63,7 +64,7 @@ async def show_device_health(
 ) -> None:
     """A device's heartbeats of some time: how many, how far apart, and what it measured."""
     async with session.database() as db:
-        health = await HealthStore(db).device(device_id, _duration("--since", since))
+        health = await HealthStore(db).device(device_id, duration_of("--since", since))
     now = datetime.now(UTC)
     longest = health.longest_silence_seconds
     shown = [
@@ -114,7 +115,7 @@ async def set_device_type(
     ],
 ) -> None:
     """Say how long devices of a type may be silent. The next sweep, within a minute, goes by it."""
-    limit = None if offline_after == SETTING else _duration("--offline-after", offline_after)
+    limit = None if offline_after == SETTING else duration_of("--offline-after", offline_after)
     if limit is not None and limit < MAX_GAP:
         raise InvalidInputError(
             f"--offline-after: {offline_after} is too short, expected {format_duration(MAX_GAP)} or more: shorter gaps of "
@@ -176,10 +177,3 @@ def _limit(view: DeviceTypeView, session: Session) -> str:
 
 def _number(name: str, value: float) -> str:
     return size(round(value)) if name == "freeMemory" else f"{value:.1f}".removesuffix(".0")
-
-
-def _duration(option: str, written: str) -> timedelta:
-    try:
-        return parse_duration(written)
-    except (ValueError, OverflowError) as error:
-        raise InvalidInputError(f"{option}: {error}") from error

@@ -11,6 +11,7 @@ import typer
 from cli import jobschedule
 from cli.command import Session, command, whoami
 from cli.following import follow, temporal_if_there
+from cli.given import duration_of
 from cli.jobexplain import why_here, why_not_in
 from cli.joboptions import Quick, Target, specification_of
 from cli.jobscreen import (
@@ -27,7 +28,7 @@ from cli.jobwatch import JobWatch
 from cli.output import ExitStatus, as_dict, facts, table, when
 from cli.screen import event_text
 from cli.spec import parse_spec
-from cli.steering import Stay, Timeout, duration_of, steer
+from cli.steering import Stay, Timeout, steer, why_not_running
 from models.device import DeviceStatus
 from models.errors import NotFoundError, RefusedError
 from models.fleetjob import (
@@ -152,7 +153,7 @@ async def retry(
 @command(app, "watch")
 async def watch(session: Session, name: Name, timeout: Timeout = None, stay: Stay = None) -> ExitStatus:
     """Show a job live until it ends; the exit status says how it ended."""
-    limit = duration_of(timeout)
+    limit = duration_of("--timeout", timeout)
     async with session.database() as db:
         return await follow(JobWatch(session, db, name, await temporal_if_there(session)), limit, stay)
 
@@ -332,12 +333,4 @@ async def _steer(
 
 async def _not_running(session: Session, name: str) -> RefusedError | NotFoundError:
     async with session.database() as db:
-        try:
-            known = await FleetJobStore(db).get(name)
-        except NotFoundError:
-            return NotFoundError(f"no job {name!r}; 'job list' shows those that exist")
-    if known.outcome is None:
-        return RefusedError(
-            f"job {name} stands at {known.phase}, but its workflow does not run; start it again with its specification"
-        )
-    return RefusedError(f"job {name} has ended ({known.outcome}): {known.reason}")
+        return await why_not_running("job", name, FleetJobStore(db).get(name))

@@ -7,11 +7,12 @@ from temporalio.exceptions import WorkflowAlreadyStartedError
 
 from cli.command import Session, whoami
 from cli.following import follow, tell_unplanned
+from cli.given import duration_of
 from cli.jobscreen import JobSnapshot, what
 from cli.jobwatch import JobWatch
 from cli.output import ExitStatus, facts, when
-from cli.steering import PLAN_PATIENCE_SECONDS, duration_of
-from models.errors import ConflictError, NotFoundError, RefusedError
+from cli.steering import PLAN_PATIENCE_SECONDS, already_running, refuse_ended
+from models.errors import NotFoundError
 from models.fleetjob import FleetJobResult, StartFleetJobInput
 from models.ids import fleet_job_workflow_id
 from models.jobspec import FleetJobSpec
@@ -25,17 +26,14 @@ MAX_NAME_CHARS = 63
 
 async def begin(session: Session, spec: FleetJobSpec, wait: bool, timeout: str | None, stay: bool | None) -> ExitStatus:
     """Start it; with `wait`, watch it until it ends. Raises ConflictError, RefusedError."""
-    limit = duration_of(timeout)
+    limit = duration_of("--timeout", timeout)
     async with session.database() as db:
-        await _refuse_known(db, spec.name)
+        await refuse_ended("job", spec.name, FleetJobStore(db).get(spec.name))
         client = await session.temporal()
         try:
             await start_fleet_job(client, StartFleetJobInput(spec=spec, requested_by=whoami()))
         except WorkflowAlreadyStartedError as error:
-            raise ConflictError(
-                f"cannot start job {spec.name}: it is running already; 'job watch {spec.name}' shows it, "
-                "another job needs another name"
-            ) from error
+            raise already_running("job", spec.name) from error
         watching = JobWatch(session, db, spec.name, client)
         later = spec.start_at is not None and spec.start_at > datetime.now(UTC)
         planned = await watching.until_planned(0 if later else PLAN_PATIENCE_SECONDS)
@@ -74,17 +72,4 @@ def _tell_started(session: Session, spec: FleetJobSpec, planned: JobSnapshot | N
     if planned is None and not later:
         session.out.say(
             f"no plan within {PLAN_PATIENCE_SECONDS:.0f} s; a large fleet takes longer, but is a worker running?"
-        )
-
-
-async def _refuse_known(db: Database, name: str) -> None:
-    """A name that has ended is not started again: its devices, events and figures belong to that job."""
-    try:
-        known = await FleetJobStore(db).get(name)
-    except NotFoundError:
-        return
-    if known.outcome is not None:
-        raise RefusedError(
-            f"cannot start job {name}: a job of this name has ended ({known.outcome}, {when(known.finished_at)}); "
-            "give this one another name"
         )

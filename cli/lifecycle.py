@@ -7,7 +7,6 @@ import asyncio
 import json
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -17,11 +16,11 @@ from temporalio.service import RPCError, RPCStatusCode
 
 from cli.command import Session, command, whoami
 from cli.device import app as app
+from cli.given import duration_of, object_in
 from cli.output import ExitStatus, ago, facts, rough, table, when
 from domain.configurations import DeviceConfig
 from domain.standing import Standing, why_not_configure, why_not_decommission, why_not_rotate
-from domain.strict_json import parse_object
-from models.errors import ConflictError, InvalidInputError, NotFoundError, RefusedError
+from models.errors import ConflictError, InvalidInputError, RefusedError
 from models.identity import (
     CertificateView,
     ConfigureDeviceInput,
@@ -33,7 +32,6 @@ from models.identity import (
     RotateOutcome,
 )
 from models.ids import decommission_workflow_id
-from models.quantities import parse_duration
 from store.configuring import ConfiguringStore
 from store.engine import Database
 from store.lifecycle import LifecycleStore
@@ -75,10 +73,10 @@ async def configure_device(
         raise InvalidInputError(
             "cannot configure a device: expected either --set KEY=VALUE, as often as needed, or --file"
         )
-    patience, lasting = _duration("--wait", wait), _duration("--limit", limit) or timedelta(hours=24)
+    patience, lasting = duration_of("--wait", wait), duration_of("--limit", limit) or timedelta(hours=24)
     async with session.database() as db:
         await LifecycleStore(db).check(device_id, why_not_configure)
-        config = _read(file) if file is not None else await _changed(db, device_id, set_ or [])
+        config = object_in(file, "a configuration") if file is not None else await _changed(db, device_id, set_ or [])
     asked = ConfigureDeviceInput(device_id=device_id, config=config, actor=whoami(), reason=reason, limit=lasting)
     handle = await start_configuration(await session.temporal(), asked)
     result = await _result(handle, patience)
@@ -158,13 +156,13 @@ async def rotate_device(
 
     The old certificate is revoked when the new one has been seen to connect; the new one, when it has not.
     """
-    patience = _duration("--wait", wait)
+    patience = duration_of("--wait", wait)
     request = RotateCertificateInput(
         device_id=device_id,
         actor=whoami(),
         reason=reason,
-        renew_within=_duration("--renew-within", renew_within) or timedelta(days=7),
-        overlap=_duration("--overlap", overlap) or timedelta(hours=session.settings.rotation_overlap_hours),
+        renew_within=duration_of("--renew-within", renew_within) or timedelta(days=7),
+        overlap=duration_of("--overlap", overlap) or timedelta(hours=session.settings.rotation_overlap_hours),
     )
     await _check(session, device_id, why_not_rotate)
     try:
@@ -240,7 +238,7 @@ async def decommission_device(
     wait: Annotated[bool, typer.Option("--wait", help="Wait until it is done.")] = False,
 ) -> ExitStatus:
     """End a device: out of every rollout, credentials wiped if it answers, revoked, retired, its serial number buried."""
-    within = _duration("--wipe-within", wipe_within)
+    within = duration_of("--wipe-within", wipe_within)
     assert within is not None
     request = DecommissionDeviceInput(device_id=device_id, actor=whoami(), reason=reason, wipe_within=within)
     client = await session.temporal()
@@ -313,26 +311,6 @@ async def _sign_soon(session: Session) -> None:
         if error.status is not RPCStatusCode.NOT_FOUND:
             raise
         session.out.say("no schedule signs revocation lists here; 'ca crl --sign' signs one")
-
-
-def _duration(option: str, text: str | None) -> timedelta | None:
-    try:
-        return None if text is None else parse_duration(text)
-    except (ValueError, OverflowError) as error:
-        raise InvalidInputError(f"{option}: {error}") from error
-
-
-def _read(file: str) -> dict[str, Any]:
-    try:
-        text = typer.get_text_stream("stdin").read() if file == "-" else Path(file).read_text()
-    except FileNotFoundError as error:
-        raise NotFoundError(f"cannot read {file}: there is no such file") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise InvalidInputError(f"cannot read {file}: {error}") from error
-    try:
-        return parse_object(text)
-    except ValueError as error:
-        raise InvalidInputError(f"cannot use {file} as a configuration: {error}") from error
 
 
 async def _changed(db: Database, device_id: str, changes: list[str]) -> dict[str, Any]:

@@ -14,12 +14,13 @@ from cli.command import Session, command, whoami
 from cli.diagnose import attached
 from cli.explain import why_here, why_not_in
 from cli.following import follow, tell_unplanned, temporal_if_there
+from cli.given import duration_of
 from cli.output import ExitStatus, as_dict, facts, table, when
 from cli.screen import Snapshot, current_wave, event_text, object_of, screen, specification
 from cli.spec import load_spec, parse_spec
-from cli.steering import PLAN_PATIENCE_SECONDS, Stay, Timeout, duration_of, steer
+from cli.steering import PLAN_PATIENCE_SECONDS, Stay, Timeout, already_running, refuse_ended, steer, why_not_running
 from cli.watch import Handle, Watch
-from models.errors import ConflictError, InvalidInputError, NotFoundError, RefusedError
+from models.errors import InvalidInputError, NotFoundError, RefusedError
 from models.ids import rollout_workflow_id
 from models.protocol import ExecutionState
 from models.rollout import (
@@ -35,7 +36,6 @@ from models.rollout import (
 )
 from models.spec import RolloutSpec
 from store.diagnostics import DiagnosticStore
-from store.engine import Database
 from store.registry import Registry
 from store.rollouts import RolloutStore
 from workflows.client import start_rollout
@@ -60,17 +60,14 @@ async def start(
     The name is the identity: while a rollout of this name exists, running or ended, another is refused.
     """
     asked = parse_spec(sys.stdin.buffer.read(), "standard input") if str(spec) == "-" else load_spec(spec)
-    limit = duration_of(timeout)
+    limit = duration_of("--timeout", timeout)
     async with session.database() as db:
-        await _refuse_known(db, asked.name)
+        await refuse_ended("rollout", asked.name, RolloutStore(db).show(asked.name))
         client = await session.temporal()
         try:
             await start_rollout(client, StartRolloutInput(spec=asked, requested_by=whoami()))
         except WorkflowAlreadyStartedError as error:
-            raise ConflictError(
-                f"cannot start rollout {asked.name}: it is running already; 'rollout watch {asked.name}' shows it, "
-                "another rollout needs another name"
-            ) from error
+            raise already_running("rollout", asked.name) from error
         watch = Watch(session, db, asked.name, client)
         planned = await watch.until_planned(PLAN_PATIENCE_SECONDS)
         if isinstance(planned, RolloutResult):
@@ -85,7 +82,7 @@ async def start(
 @command(app, "watch")
 async def watch(session: Session, name: Name, timeout: Timeout = None, stay: Stay = None) -> ExitStatus:
     """Show a rollout live until it ends; the exit status says how it ended."""
-    limit = duration_of(timeout)
+    limit = duration_of("--timeout", timeout)
     async with session.database() as db:
         return await follow(Watch(session, db, name, await temporal_if_there(session)), limit, stay)
 
@@ -285,19 +282,6 @@ async def events(
 # --- inside ----------------------------------------------------------------------------------------------------------
 
 
-async def _refuse_known(db: Database, name: str) -> None:
-    """A name that has ended is not started again: its devices, events and figures belong to that rollout."""
-    try:
-        known = await RolloutStore(db).show(name)
-    except NotFoundError:
-        return
-    if known.outcome is not None:
-        raise RefusedError(
-            f"cannot start rollout {name}: a rollout of this name has ended ({known.outcome}, {when(known.finished_at)}); "
-            "give this one another name"
-        )
-
-
 def _tell_started(session: Session, spec: RolloutSpec, planned: Snapshot | None, waits: bool) -> None:
     workflow_id = rollout_workflow_id(spec.name)
     link = session.ui_link(workflow_id)
@@ -341,15 +325,7 @@ async def _steer(session: Session, name: str, send: Callable[[Handle], Awaitable
 
 async def _not_running(session: Session, name: str) -> RefusedError | NotFoundError:
     async with session.database() as db:
-        try:
-            known = await RolloutStore(db).show(name)
-        except NotFoundError:
-            return NotFoundError(f"no rollout {name!r}; 'rollout list' shows those that exist")
-    if known.outcome is None:
-        return RefusedError(
-            f"rollout {name} stands at {known.phase}, but its workflow does not run; start it again with its specification"
-        )
-    return RefusedError(f"rollout {name} has ended ({known.outcome}): {known.reason}")
+        return await why_not_running("rollout", name, RolloutStore(db).show(name))
 
 
 def _per_minute(text: str | None) -> int | None:

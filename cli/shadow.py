@@ -8,7 +8,6 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -17,6 +16,7 @@ from temporalio.exceptions import ApplicationError
 from temporalio.service import RPCError, RPCStatusCode
 
 from cli.command import Session, command, whoami
+from cli.given import duration_of, object_in
 from cli.output import ExitStatus, ago, table, when
 from domain.shadow import Document
 from domain.shadow_messages import Message, announce, delete_message, get_body
@@ -25,7 +25,6 @@ from domain.strict_json import parse_object
 from models.errors import InvalidInputError, NotFoundError, RefusedError, UnavailableError
 from models.ids import SHADOW_NAME
 from models.protocol import CONFIG_SHADOW
-from models.quantities import parse_duration
 from models.shadow import SyncOutcome, SyncShadowInput, SyncShadowResult
 from store.lifecycle import LifecycleStore
 from store.shadows import (
@@ -101,10 +100,10 @@ async def set_shadow(
     by a process of its own: if this command ends, the same command again, or 'shadow wait', joins it.
     """
     _check_name(name)
-    patience = _duration(wait)
+    patience = duration_of("--wait", wait)
     if bool(changes or unset) == (file is not None):
         raise InvalidInputError("cannot change a shadow: expected either KEY=VALUE and --unset KEY, or --file")
-    patch = _read(file) if file is not None else patch_of(changes or [], unset or [])
+    patch = object_in(file, "a change") if file is not None else patch_of(changes or [], unset or [])
     if patience is None:
         return await _write(session, device_id, name, patch, version, reason)
     async with session.database() as db:
@@ -139,7 +138,7 @@ async def wait_for_shadow(
         if error.status is not RPCStatusCode.NOT_FOUND:
             raise
         raise NotFoundError(f"no wait {handle.id}: 'shadow set --wait' says the token of each as it begins") from error
-    return await _await(session, handle, _duration(within) or timedelta(days=1), joined=True)
+    return await _await(session, handle, duration_of("--wait", within) or timedelta(days=1), joined=True)
 
 
 @command(app, "delete")
@@ -302,26 +301,6 @@ def _put(patch: dict[str, Any], path: str, value: Any) -> None:
     if last in inner:
         raise InvalidInputError(f"cannot change {path!r}: it is given twice, expected once")
     inner[last] = value
-
-
-def _read(file: str) -> dict[str, Any]:
-    try:
-        text = typer.get_text_stream("stdin").read() if file == "-" else Path(file).read_text()
-    except FileNotFoundError as error:
-        raise NotFoundError(f"cannot read {file}: there is no such file") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise InvalidInputError(f"cannot read {file}: {error}") from error
-    try:
-        return parse_object(text)
-    except ValueError as error:
-        raise InvalidInputError(f"cannot use {file} as a change: {error}") from error
-
-
-def _duration(text: str | None) -> timedelta | None:
-    try:
-        return None if text is None else parse_duration(text)
-    except (ValueError, OverflowError) as error:
-        raise InvalidInputError(f"--wait: {error}") from error
 
 
 def _check_name(name: str) -> None:

@@ -2,7 +2,6 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from datetime import timedelta
 from typing import Annotated, TypeVar
 
 import typer
@@ -10,8 +9,10 @@ from temporalio.client import WorkflowUpdateFailedError, WorkflowUpdateRPCTimeou
 from temporalio.exceptions import ApplicationError
 from temporalio.service import RPCError, RPCStatusCode
 
-from models.errors import InvalidInputError, NotFoundError, RefusedError, UnavailableError
-from models.quantities import parse_duration
+from cli.output import when
+from models.errors import ConflictError, NotFoundError, RefusedError, UnavailableError
+from models.fleetjob import FleetJobView
+from models.views import RolloutView
 
 PLAN_PATIENCE_SECONDS = 20.0
 """How long `start` waits to say what was planned; a plan for a million devices takes longer, and goes on."""
@@ -61,12 +62,43 @@ async def steer(subject: str, answer: Awaitable[Answer], not_running: NotRunning
         ) from error
 
 
-def duration_of(text: str | None, option: str = "--timeout") -> timedelta | None:
-    """A duration given as an option. Raises InvalidInputError."""
+async def refuse_ended(kind: str, name: str, known: Awaitable[RolloutView | FleetJobView]) -> None:
+    """A name that has ended is not started again: its devices, events and figures belong to that one.
+
+    Raises RefusedError.
+    """
     try:
-        return None if text is None else parse_duration(text)
-    except (ValueError, OverflowError) as error:
-        raise InvalidInputError(f"{option}: {error}") from error
+        found = await known
+    except NotFoundError:
+        return
+    if found.outcome is not None:
+        raise RefusedError(
+            f"cannot start {kind} {name}: a {kind} of this name has ended ({found.outcome}, {when(found.finished_at)}); "
+            "give this one another name"
+        )
+
+
+def already_running(kind: str, name: str) -> ConflictError:
+    """What is said where a workflow of the name runs."""
+    return ConflictError(
+        f"cannot start {kind} {name}: it is running already; '{kind} watch {name}' shows it, "
+        f"another {kind} needs another name"
+    )
+
+
+async def why_not_running(
+    kind: str, name: str, known: Awaitable[RolloutView | FleetJobView]
+) -> RefusedError | NotFoundError:
+    """Why there is no workflow to ask: the name is unknown, the job is over, or somebody has ended its workflow."""
+    try:
+        found = await known
+    except NotFoundError:
+        return NotFoundError(f"no {kind} {name!r}; '{kind} list' shows those that exist")
+    if found.outcome is None:
+        return RefusedError(
+            f"{kind} {name} stands at {found.phase}, but its workflow does not run; start it again with its specification"
+        )
+    return RefusedError(f"{kind} {name} has ended ({found.outcome}): {found.reason}")
 
 
 def _words_of(error: WorkflowUpdateFailedError) -> str:

@@ -145,7 +145,7 @@ class Ledger:
         if report.status not in DEVICE_MOVES.get(execution.state, frozenset()):
             message = f"{execution.state} to {report.status} is not a move a device can make"
             return Refusal(ErrorCode.INVALID_STATE_TRANSITION, message)
-        if report.repeated and report.execution_number is None and execution.retrying:
+        if report.duplicate and report.execution_number is None and execution.retrying:
             # It was most likely of the attempt that is over: to begin the next one, a device can ask, or say the number.
             return Refusal(ErrorCode.REQUEST_THROTTLED, "delivered again, and it names no attempt: ask with start-next")
         if _may_be_of_an_earlier_attempt(execution, report):
@@ -346,7 +346,7 @@ def _may_be_of_an_earlier_attempt(execution: ExecutionRow, report: Report) -> bo
     their last snapshot held). An attempt that has failed after all is said so again, or ends with its deadline.
     """
     return (
-        report.repeated
+        report.duplicate
         and report.status is ExecutionState.FAILED
         and execution.execution_number > 1
         and report.execution_number is None

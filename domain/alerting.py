@@ -33,12 +33,12 @@ class Change(StrEnum):
 class Progress:
     """How far a device is on the way into an alert, or, while `firing`, out of it.
 
-    `count`: values beyond the threshold in a row; while firing, values back within `clear` in a row. `since`: when the
+    `in_a_row`: values beyond the threshold; while firing, values back within `clear`. `since`: when the
     first of those beyond came, in epoch seconds of the server's clock.
     """
 
     firing: bool = False
-    count: int = 0
+    in_a_row: int = 0
     since: float | None = None
 
 
@@ -70,12 +70,12 @@ def judge(progress: Progress, value: float | None, at: float, rule: AlertRuleSpe
     if progress.firing:
         if not is_back(rule, value):
             return Progress(firing=True), None
-        if progress.count + 1 >= rule.clear_heartbeats:
+        if progress.in_a_row + 1 >= rule.clear_heartbeats:
             return WELL, Change.CLEARED
-        return Progress(firing=True, count=progress.count + 1), None
+        return Progress(firing=True, in_a_row=progress.in_a_row + 1), None
     if not is_beyond(rule, value):
         return WELL, None
     since = at if progress.since is None else min(progress.since, at)  # the clock may have been set back
-    if progress.count + 1 >= rule.heartbeats and at - since >= rule.lasting.total_seconds():
+    if progress.in_a_row + 1 >= rule.heartbeats and at - since >= rule.lasting.total_seconds():
         return Progress(firing=True), Change.OPENED
-    return Progress(count=min(progress.count + 1, rule.heartbeats), since=since), None
+    return Progress(in_a_row=min(progress.in_a_row + 1, rule.heartbeats), since=since), None

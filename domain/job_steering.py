@@ -4,11 +4,6 @@ from models.fleetjob import CancelFleetJobInput, FleetJobState
 from models.rollout import Phase
 
 
-def said(done: str, actor: str, reason: str) -> str:
-    """`paused by alice: storm`."""
-    return f"{done} by {actor}: {reason}" if reason else f"{done} by {actor}"
-
-
 def why_not_pause(state: FleetJobState) -> str | None:
     """A job that is over, or ends, is not paused; nor one that is paused."""
     if (over := _over("pause", state)) is not None:

@@ -161,7 +161,7 @@ class Report:
     details: dict[str, str] | None = None
     expected_version: int | None = None
     execution_number: int | None = None
-    repeated: bool = False
+    duplicate: bool = False
     """The broker says that it may have delivered this before."""
 
 

@@ -1,4 +1,4 @@
-"""Who counts as silent, and since when the engine could have heard. Pure: every clock is an argument.
+"""Who counts as offline, and since when the engine could have heard. Pure: every clock is an argument.
 
 The gateway says something to itself through the broker every few seconds: its pulse. While pulses come, all that devices
 say would have come too. After a gap nobody can tell who was silent and who was not heard, so everybody's limit begins anew.
@@ -45,7 +45,7 @@ def is_listening(coverage: Coverage | None, now: datetime) -> bool:
     return coverage is not None and abs(now - coverage.pulsed_at) < MAX_GAP  # ahead: the clock was set back
 
 
-def is_silent(last_heard: datetime, limit: timedelta, coverage: Coverage | None, now: datetime) -> bool:
+def is_offline(last_heard: datetime, limit: timedelta, coverage: Coverage | None, now: datetime) -> bool:
     """Whether a device counts as offline: silent beyond its limit, all of which somebody listened."""
     if coverage is None or not is_listening(coverage, now):
         return False

@@ -8,11 +8,10 @@ import asyncio
 import signal
 import socket
 import sys
-from collections.abc import Awaitable, Callable, Generator
-from contextlib import contextmanager, suppress
+from collections.abc import Generator
+from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
-from typing import TypeVar
 
 import structlog
 import uvicorn
@@ -25,6 +24,7 @@ from enrolment.waiting import Changes
 from models.errors import InvalidInputError, NotFoundError, TidegateError, UnavailableError
 from models.settings import Settings
 from observe import logs, metrics
+from observe.stopping import patiently
 from store.engine import Database
 from store.enrolments import EnrolmentStore
 from store.peers import PeerStore
@@ -32,7 +32,9 @@ from workflows.client import connect, start_own_rotation
 
 log = structlog.get_logger("enrolment")
 
-RETRY_SECONDS = 1.0
+_AWAY = (UnavailableError, NotFoundError)
+"""What is waited for: a server, or the schema."""
+
 DATABASE_CONNECTIONS = 10
 """A request that waits holds none."""
 
@@ -42,8 +44,6 @@ MAX_CONNECTIONS = 2000
 GRACE_SECONDS = 12
 """A request that is held when the server is told to stop gets its answer."""
 
-T = TypeVar("T")
-
 
 class Server(uvicorn.Server):
     """Leaves signals to the process."""
@@ -52,21 +52,6 @@ class Server(uvicorn.Server):
     def capture_signals(self) -> Generator[None, None, None]:
         """See the class."""
         yield
-
-
-async def _patiently(what: str, attempt: Callable[[], Awaitable[T]], stop: asyncio.Event) -> T | None:
-    """Try until it works; None when stopped before."""
-    said = ""
-    while not stop.is_set():
-        try:
-            return await attempt()
-        except (UnavailableError, NotFoundError) as error:
-            if str(error) != said:
-                log.warning(f"waiting for {what}", reason=str(error))
-            said = str(error)
-            with suppress(TimeoutError):
-                await asyncio.wait_for(stop.wait(), RETRY_SECONDS)
-    return None
 
 
 def _listening(host: str, port: int) -> socket.socket:
@@ -94,8 +79,8 @@ async def serve(settings: Settings) -> None:
         loop.add_signal_handler(number, stop.set)
     port = metrics.serve(settings.metrics_host, settings.enrolment_metrics_port)
     db = Database(settings.database_url, max_size=DATABASE_CONNECTIONS)
-    opened = await _patiently("PostgreSQL", lambda: _open(db), stop)
-    client = await _patiently("Temporal", lambda: connect(address, namespace), stop)
+    opened = await patiently(log, "PostgreSQL", lambda: _open(db), stop, *_AWAY)
+    client = await patiently(log, "Temporal", lambda: connect(address, namespace), stop, *_AWAY)
     if opened and client:
         trust, changes = Trust(db, context), Changes(settings.database_url)
         await trust.refresh()

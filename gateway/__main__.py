@@ -7,7 +7,6 @@ also ends what may be left of the former session.
 
 import argparse
 import asyncio
-import contextlib
 import gc
 import signal
 import sys
@@ -25,6 +24,7 @@ from models.errors import InvalidInputError, TidegateError, UnavailableError
 from models.protocol import REQUEST_FILTERS
 from models.settings import Settings
 from observe import logs, metrics
+from observe.stopping import pause
 from store.engine import Database
 from transport.connection import Connection
 
@@ -50,10 +50,7 @@ async def hold_lock(settings: Settings, stop: asyncio.Event) -> psycopg.AsyncCon
         if not told:
             log.info("standing by: another gateway is active")
             told = True
-        try:
-            await asyncio.wait_for(stop.wait(), STANDBY_POLL_SECONDS)
-        except TimeoutError:
-            continue
+        await pause(stop, STANDBY_POLL_SECONDS)
     await connection.close()
     return None
 
@@ -65,10 +62,7 @@ async def watch_lock(connection: psycopg.AsyncConnection, stop: asyncio.Event) -
             await connection.execute("SELECT 1")
         except psycopg.OperationalError as error:
             raise UnavailableError("lost the session that makes this gateway the active one; exiting") from error
-        try:
-            await asyncio.wait_for(stop.wait(), LOCK_CHECK_SECONDS)
-        except TimeoutError:
-            continue
+        await pause(stop, LOCK_CHECK_SECONDS)
 
 
 async def open_patiently(connection: Connection, settings: Settings, gateway: Gateway, stop: asyncio.Event) -> None:
@@ -79,8 +73,7 @@ async def open_patiently(connection: Connection, settings: Settings, gateway: Ga
             return
         except UnavailableError as error:
             log.warning("waiting for the MQTT broker", reason=str(error))
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(stop.wait(), STANDBY_POLL_SECONDS)
+            await pause(stop, STANDBY_POLL_SECONDS)
 
 
 def collect_rarely() -> None:

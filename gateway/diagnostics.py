@@ -8,7 +8,6 @@ import asyncio
 import secrets
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 
 import orjson
 import psycopg
@@ -21,14 +20,15 @@ from firmware.envelope import EnvelopeSigner
 from firmware.reboot import MAX_LIFETIME_SECONDS, REBOOT, REBOOT_PAYLOAD_TYPE, RebootOrder, reboot_token
 from gateway.requests import Request
 from models.protocol import DiagnosticType, diagnostics_topic
+from observe.stopping import pause
 from store.diagnostics import REBOOT_CHANNEL, DiagnosticAnswer, RebootToSign, answer_questions, open_reboot
+from store.listening import heard
 
 DIAGNOSTICS = Counter(
     "tidegate_gateway_diagnostics_total",
     "Answers to diagnostic requests that counted, those that changed nothing, and orders to reboot that were sent.",
     ["what"],
 )
-LISTEN_SECONDS = 2.0
 RETRY_SECONDS = 1.0
 
 log = structlog.get_logger("gateway")
@@ -84,28 +84,11 @@ async def order_reboots(
             async with await AsyncConnection.connect(database_url, autocommit=True) as listener:
                 await listener.execute(f"LISTEN {REBOOT_CHANNEL}".encode())
                 while not stop.is_set():
-                    for request_id in await _named(listener, stop):
+                    for request_id in await heard(listener, stop):
                         wanted = await open_reboot(listener, request_id)
                         if wanted is not None:
                             publish(*signer.request(wanted, int(time.time())))
                             DIAGNOSTICS.labels("reboot-ordered").inc()
         except psycopg.Error as error:
             log.warning("cannot hear of reboots to order, trying again", reason=str(error).strip()[:200])
-            with suppress(TimeoutError):
-                await asyncio.wait_for(stop.wait(), RETRY_SECONDS)
-
-
-async def _named(listener: AsyncConnection, stop: asyncio.Event) -> list[str]:
-    """The next notification's request, if one comes before `stop` is set."""
-
-    async def heard() -> list[str]:
-        return [notice.payload async for notice in listener.notifies(timeout=LISTEN_SECONDS, stop_after=1)]
-
-    hearing, stopping = asyncio.ensure_future(heard()), asyncio.ensure_future(stop.wait())
-    try:
-        await asyncio.wait([hearing, stopping], return_when=asyncio.FIRST_COMPLETED)
-        return hearing.result() if hearing.done() else []
-    finally:
-        for task in (hearing, stopping):
-            task.cancel()
-        await asyncio.gather(hearing, stopping, return_exceptions=True)
+            await pause(stop, RETRY_SECONDS)

@@ -61,7 +61,7 @@ def _update(request: Request, ledger: Ledger, documents: Documents, now: float) 
     topic, report = request.topic, request.report
     assert report is not None and topic.job_id is not None
     if request.duplicate:
-        report = dataclasses.replace(report, repeated=True)
+        report = dataclasses.replace(report, duplicate=True)
     execution = ledger.find(topic.job_id, topic.thing)
     applied = request.duplicate and ledger.has_applied(execution, report)
     refusal = None if applied else ledger.report(execution, report, now)

@@ -20,6 +20,7 @@ from psycopg import AsyncConnection
 
 from domain.presence import next_coverage
 from models.protocol import PULSE_TOPIC
+from observe.stopping import pause
 from store.ingest import read_coverage, save_coverage
 from transport.connection import Connection
 
@@ -52,10 +53,7 @@ async def send_pulses(
     """Say it now and every few seconds, until `stop`."""
     while not stop.is_set():
         connection.publish_durably(PULSE_TOPIC, orjson.dumps({"gateway": source, "sent": time.monotonic()}))
-        try:
-            await asyncio.wait_for(stop.wait(), every_seconds)
-        except TimeoutError:
-            continue
+        await pause(stop, every_seconds)
 
 
 async def note_pulses(

@@ -11,7 +11,6 @@
 """
 
 import asyncio
-import collections
 import math
 import secrets
 import time
@@ -24,16 +23,15 @@ from prometheus_client import Counter, Gauge, Histogram
 from psycopg_pool import PoolTimeout
 
 from gateway.alerting import Judge
-from gateway.beats import Beats
+from gateway.batches import COMMAND_VERBS, CONFIG_VERBS, SHADOW_VERBS, Inbound, Read, read_batch
 from gateway.commands import answer_about_commands
 from gateway.configuration import answer_config, reject_config
 from gateway.diagnostics import take_diagnostics
 from gateway.documents import Documents
 from gateway.jobs import Outgoing, answer, reject
-from gateway.pulse import Pulse, note_pulses
+from gateway.pulse import note_pulses
 from gateway.requests import BadRequest, Request, parse_request
-from gateway.shadow import MAX_IN_FLIGHT, TOO_MANY, answer_about_shadows, reject_shadow
-from gateway.shadow_requests import token_of
+from gateway.shadow import MAX_IN_FLIGHT, answer_about_shadows, reject_shadow
 from models.identity import DeviceHappening
 from models.protocol import ErrorCode, RequestTopic, Verb, parse_request_topic
 from models.settings import Settings
@@ -54,7 +52,6 @@ from transport.connection import Connection, Receipt
 
 log = structlog.get_logger("gateway")
 
-MESSAGES = Counter("tidegate_gateway_messages_total", "Messages from devices, by verb.", ["verb"])
 QUARANTINED = Counter("tidegate_gateway_quarantined_total", "Messages that could not be used, by code.", ["code"])
 PUBLISHED = Counter("tidegate_gateway_published_total", "Messages to devices.")
 BARRED = Counter("tidegate_gateway_barred_total", "Messages of barred devices, which change nothing.")
@@ -75,89 +72,13 @@ RETRY_SECONDS = 0.5
 MAX_TOPICS = 16_384
 """Topics of heartbeats that are kept taken apart; they come again and again."""
 _NO_TOPIC = BadRequest(ErrorCode.INVALID_TOPIC, "no request has this topic")
-_CONFIG_VERBS = frozenset({Verb.CONFIG_GET, Verb.CONFIG_UPDATE})
-_COMMAND_VERBS = frozenset({Verb.COMMAND_GET, Verb.COMMAND_RESPONSE})
-_SHADOW_VERBS = frozenset({Verb.SHADOW_GET, Verb.SHADOW_UPDATE, Verb.SHADOW_DELETE})
-_NOT_OF_JOBS = _CONFIG_VERBS | _COMMAND_VERBS | {Verb.HEARTBEAT, Verb.DIAGNOSTIC_RESPONSE, Verb.PULSE}
+_NOT_OF_JOBS = CONFIG_VERBS | COMMAND_VERBS | {Verb.HEARTBEAT, Verb.DIAGNOSTIC_RESPONSE, Verb.PULSE}
 _AWAY = (
     psycopg.OperationalError,
     PoolTimeout,
     psycopg.errors.DeadlockDetected,
     psycopg.errors.ReadOnlySqlTransaction,  # a standby, until it has taken over
 )
-
-
-@dataclass(slots=True)
-class Inbound:
-    """A message, what it says, and what its acknowledgement takes."""
-
-    topic: RequestTopic | None
-    raw_topic: str
-    payload: bytes
-    said: Request | BadRequest
-    receipt: Receipt
-    counted: bool = False
-    """A shadow request in flight."""
-    throttled: bool = False
-    """One too many."""
-
-
-@dataclass(slots=True)
-class Read:
-    """A batch's messages, read and sorted; `things` are the devices that have said something."""
-
-    things: set[str] = field(default_factory=set)
-    jobs: list[Request] = field(default_factory=list)
-    configs: list[Request] = field(default_factory=list)
-    commands: list[Request] = field(default_factory=list)
-    shadows: list[Request] = field(default_factory=list)
-    diagnostics: list[Request] = field(default_factory=list)
-    beats: Beats = field(default_factory=Beats)
-    pulses: list[Pulse] = field(default_factory=list)
-    pulsed: float = -math.inf
-    """When the newest pulse that has been noted was sent."""
-    bad: list[tuple[Inbound, BadRequest]] = field(default_factory=list)
-    throttled: list[tuple[Inbound, BadRequest]] = field(default_factory=list)
-    """What is rejected without having been looked at, and is not kept."""
-
-    def add(self, request: Request) -> None:
-        """Sort a request in."""
-        verb, thing = request.topic.verb, request.topic.thing
-        if request.pulse is not None:
-            self.pulses.append(request.pulse)
-            return
-        self.things.add(thing)
-        if request.heartbeat is not None:
-            self.beats.add(request.heartbeat)
-        elif verb in _CONFIG_VERBS:
-            self.configs.append(request)
-        elif verb in _COMMAND_VERBS:
-            self.commands.append(request)
-        elif verb in _SHADOW_VERBS:
-            self.shadows.append(request)
-        elif verb is Verb.DIAGNOSTIC_RESPONSE:
-            self.diagnostics.append(request)
-        else:
-            self.jobs.append(request)
-
-    def without(self, barred: frozenset[str]) -> "Read":
-        """What is left when these devices have said nothing."""
-
-        def heard(requests: list[Request]) -> list[Request]:
-            return [request for request in requests if request.topic.thing not in barred]
-
-        return Read(
-            things=self.things - barred,
-            jobs=heard(self.jobs),
-            configs=heard(self.configs),
-            commands=heard(self.commands),
-            shadows=heard(self.shadows),
-            diagnostics=heard(self.diagnostics),
-            beats=self.beats.without(barred),
-            pulses=self.pulses,
-            bad=[(inbound, bad) for inbound, bad in self.bad if not inbound.topic or inbound.topic.thing not in barred],
-            throttled=[(i, bad) for i, bad in self.throttled if not i.topic or i.topic.thing not in barred],
-        )
 
 
 @dataclass
@@ -197,7 +118,7 @@ class Gateway:
         if not self.waiting:
             self._first_at = time.monotonic()
         inbound = Inbound(parsed, topic, payload, said, receipt)
-        if parsed is not None and parsed.verb in _SHADOW_VERBS:
+        if parsed is not None and parsed.verb in SHADOW_VERBS:
             self._count_in(inbound, parsed.thing, duplicate)
         self.waiting.append(inbound)
         self._arrived.set()
@@ -326,7 +247,7 @@ class Gateway:
 
     async def _transact(self, inbounds: Sequence[Inbound]) -> list[Outgoing]:
         """One transaction over a batch. Returns what to publish once it has committed."""
-        read = _read(inbounds)
+        read = read_batch(inbounds)
         asked_of = read.things | {i.topic.thing for i, _ in (*read.bad, *read.throttled) if i.topic}
         outgoing: list[Outgoing] = []
         async with self.db.pool.connection() as connection, connection.pipeline():
@@ -435,32 +356,11 @@ def _judge(topic: RequestTopic, payload: bytes) -> Request | BadRequest:
         return BadRequest(ErrorCode.INTERNAL_ERROR, f"the request could not be read: {error!r}"[:300], shadow_code=500)
 
 
-def _read(inbounds: Sequence[Inbound]) -> Read:
-    """The messages of a batch, sorted."""
-    verbs: collections.Counter[str] = collections.Counter()
-    read = Read()
-    for inbound in inbounds:
-        if inbound.throttled:
-            bad = BadRequest(ErrorCode.REQUEST_THROTTLED, TOO_MANY, token_of(inbound.payload), 429)
-            read.throttled.append((inbound, bad))
-        elif isinstance(inbound.said, Request):
-            read.add(inbound.said)
-            if inbound.said.heartbeat is not None:
-                continue  # the many; counted at the end
-        else:
-            read.bad.append((inbound, inbound.said))
-        verbs[inbound.topic.verb.value if inbound.topic else "unknown"] += 1
-    verbs[Verb.HEARTBEAT.value] += len(inbounds) - verbs.total()
-    for verb, number in verbs.items():
-        MESSAGES.labels(verb).inc(number)
-    return read
-
-
 def _reject(topic: RequestTopic, bad: BadRequest, now: float) -> list[Outgoing]:
     """The answer to what is no request. Heartbeats and what is said about commands have none."""
-    if topic.verb in _CONFIG_VERBS:
+    if topic.verb in CONFIG_VERBS:
         return reject_config(topic, bad, now)
-    if topic.verb in _SHADOW_VERBS:
+    if topic.verb in SHADOW_VERBS:
         return reject_shadow(topic, bad, now)
     return [] if topic.verb in _NOT_OF_JOBS else reject(topic, bad, now)
 

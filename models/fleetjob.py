@@ -174,6 +174,8 @@ class FailureView(_Frozen):
     state: str
     failure_class: str | None = None
     reason: str | None = None
+    details: dict[str, str] | None = None
+    """What the device had said in it, last: its `statusDetails`, which the next attempt begins without."""
     started_at: datetime | None = None
     failed_at: datetime
     retry_at: datetime | None = None

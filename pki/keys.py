@@ -16,7 +16,7 @@ from cryptography.hazmat.primitives.asymmetric.ec import (
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey, RSAPublicKey
 from cryptography.hazmat.primitives.hashes import SHA256, SHA384
-from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_der_public_key
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from models.errors import InvalidInputError
 
@@ -74,19 +74,6 @@ def check_public_key(key: object) -> DevicePublicKey:
 def public_der(key: DevicePublicKey) -> bytes:
     """SubjectPublicKeyInfo in our own encoding."""
     return key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
-
-
-def public_pem(key: DevicePublicKey) -> str:
-    """The same as PEM."""
-    return key.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo).decode()
-
-
-def read_public_key(der: bytes) -> DevicePublicKey:
-    """Inverse of `public_der`. Raises InvalidInputError."""
-    try:
-        return check_public_key(load_der_public_key(der))
-    except ValueError as error:
-        raise InvalidInputError(f"not a public key: {error}") from error
 
 
 def spki_sha256(key: DevicePublicKey) -> str:

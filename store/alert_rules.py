@@ -28,8 +28,8 @@ COLUMNS = {
 """Where the history of heartbeats keeps a key; others are in `extra`."""
 
 _SET = """
-INSERT INTO alert_rules AS r (name, spec, severity, enabled, created_by) VALUES (%s, %s, %s, %s, %s)
-ON CONFLICT (name) DO UPDATE SET spec = excluded.spec, severity = excluded.severity, enabled = excluded.enabled,
+INSERT INTO alert_rules AS r (name, spec, enabled, created_by) VALUES (%s, %s, %s, %s)
+ON CONFLICT (name) DO UPDATE SET spec = excluded.spec, enabled = excluded.enabled,
   revision = r.revision + 1, updated_at = now()
 """
 
@@ -74,7 +74,7 @@ class AlertRuleStore:
         """Create a rule, or change it. What devices were on their way to begins anew; alerts that stand go on under it."""
         async with self._db.pool.connection() as connection:
             spec = rule.model_dump(mode="json", by_alias=True, exclude={"enabled"})
-            await connection.execute(_SET, (rule.name, Jsonb(spec), rule.severity.value, rule.enabled, actor))
+            await connection.execute(_SET, (rule.name, Jsonb(spec), rule.enabled, actor))
             if rule.enabled:
                 await connection.execute("DELETE FROM alert_progress WHERE rule = %s AND NOT firing", (rule.name,))
             else:

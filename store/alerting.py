@@ -23,18 +23,18 @@ FROM jsonb_array_elements_text(%s::jsonb) AS t(device_id) JOIN devices d USING (
 """
 
 _PROGRESS = """
-SELECT p.device_id, p.rule, p.firing, p.breaches, extract(epoch FROM p.since)::float8
+SELECT p.device_id, p.rule, p.firing, p.in_a_row, extract(epoch FROM p.since)::float8
 FROM jsonb_array_elements_text(%s::jsonb) AS t(device_id) JOIN alert_progress p USING (device_id)
 ORDER BY p.device_id, p.rule FOR UPDATE OF p
 """
 
 _SAVE_PROGRESS = """
-INSERT INTO alert_progress (device_id, rule, firing, breaches, since)
-SELECT device_id, rule, firing, breaches, to_timestamp(since)
-FROM json_to_recordset(%s::json) AS n(device_id text, rule text, firing boolean, breaches integer, since float8)
+INSERT INTO alert_progress (device_id, rule, firing, in_a_row, since)
+SELECT device_id, rule, firing, in_a_row, to_timestamp(since)
+FROM json_to_recordset(%s::json) AS n(device_id text, rule text, firing boolean, in_a_row integer, since float8)
 ORDER BY device_id, rule
 ON CONFLICT (device_id, rule) DO UPDATE
-SET firing = excluded.firing, breaches = excluded.breaches, since = excluded.since
+SET firing = excluded.firing, in_a_row = excluded.in_a_row, since = excluded.since
 """
 
 _FORGET_PROGRESS = """
@@ -133,7 +133,7 @@ async def save_verdicts(connection: AsyncConnection, before: Mapping[Place, Prog
     """Write what has changed; in a pipeline it costs no round trip."""
     changed = {place: now for place, now in verdicts.progress.items() if before.get(place, WELL) != now}
     kept = [
-        {"device_id": place[0], "rule": place[1], "firing": now.firing, "breaches": now.count, "since": now.since}
+        {"device_id": place[0], "rule": place[1], "firing": now.firing, "in_a_row": now.in_a_row, "since": now.since}
         for place, now in changed.items()
         if now != WELL
     ]

@@ -21,7 +21,7 @@ from models.rollout import JobStatus, PlanRolloutResult
 from models.views import EventView, ExecutionView
 from store.engine import Database
 from store.jobplanning import plan_fleet_job
-from store.rollouts import RolloutStore, wave_progress
+from store.jobviews import read_events, read_execution, read_executions, wave_progress
 
 _Jobs: TypeAlias = list[FleetJobView]
 _Failures: TypeAlias = list[FailureView]
@@ -48,17 +48,8 @@ FROM jobs j LEFT JOIN jobs r ON r.job_no = j.retry_of CROSS JOIN LATERAL (
 WHERE j.kind = 'job'
 """
 
-_EXECUTIONS = """
-SELECT j.name AS rollout, e.device_id, e.wave, w.name AS wave_name, e.rank, e.state, e.version_number,
-  e.execution_number, e.step, coalesce(e.status_details, '{}') AS status_details, e.failure_class, e.reason,
-  e.base_version, e.base_sha256, e.by_delta, e.queued_at, e.started_at, e.updated_at, e.finished_at, e.deadline_at,
-  e.retry_at
-FROM jobs j JOIN executions e USING (job_no) JOIN waves w USING (job_no, wave)
-WHERE j.kind = 'job' AND j.name = %(name)s
-"""
-
 _FAILURES = """
-SELECT f.device_id, f.attempt, f.state, f.failure_class, f.reason, f.started_at, f.failed_at, f.retry_at
+SELECT f.device_id, f.attempt, f.state, f.failure_class, f.reason, f.details, f.started_at, f.failed_at, f.retry_at
 FROM jobs j JOIN execution_failures f USING (job_no)
 WHERE j.kind = 'job' AND j.name = %(name)s AND (NOT %(final)s OR f.retry_at IS NULL)
 ORDER BY f.failure_no DESC LIMIT %(limit)s
@@ -101,21 +92,18 @@ class FleetJobStore:
 
     async def executions(self, name: str, state: ExecutionState | None = None, limit: int = 100) -> _Places:
         """Devices of a job in their order, optionally in one state. `rollout` of the views is the job's name."""
-        sql = (
-            _EXECUTIONS + "AND (%(state)s::text IS NULL OR e.state = %(state)s) ORDER BY e.wave, e.rank LIMIT %(limit)s"
-        )
-        return await self._executions(sql, {"name": name, "state": state, "limit": limit})
+        async with self.db.pool.connection() as connection:
+            return await read_executions(connection, "job", name, state, limit)
 
     async def execution(self, name: str, device_id: str) -> ExecutionView:
         """One device of a job. Raises NotFoundError."""
-        found = await self._executions(_EXECUTIONS + "AND e.device_id = %(d)s", {"name": name, "d": device_id})
-        if not found:
-            raise NotFoundError(f"device {device_id!r} is not part of job {name!r}")
-        return found[0]
+        async with self.db.pool.connection() as connection:
+            return await read_execution(connection, "job", name, device_id)
 
     async def events(self, job_no: int, limit: int = 100) -> _Events:
         """The last `limit` events of a job, oldest first."""
-        return await RolloutStore(self.db).events(job_no, limit)
+        async with self.db.pool.connection() as connection:
+            return await read_events(connection, job_no, limit)
 
     async def figures(self, job_no: int) -> FleetJobProgress:
         """The counts, of one snapshot: they add up to `total`."""
@@ -127,11 +115,6 @@ class FleetJobStore:
         async with self.db.pool.connection() as connection, connection.cursor(row_factory=dict_row) as cursor:
             await cursor.execute((_VIEWS + tail).encode(), arguments)
             return [_view(row) for row in await cursor.fetchall()]
-
-    async def _executions(self, sql: str, arguments: dict[str, Any]) -> _Places:
-        async with self.db.pool.connection() as connection, connection.cursor(row_factory=dict_row) as cursor:
-            await cursor.execute(sql.encode(), arguments)
-            return [ExecutionView(**row) for row in await cursor.fetchall()]
 
 
 def _progress(row: dict[str, Any]) -> FleetJobProgress:

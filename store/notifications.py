@@ -92,14 +92,6 @@ class NotificationStore:
             )
             return cursor.rowcount
 
-    async def forget(self, after: timedelta) -> int:
-        """Delete what was handed over so long ago."""
-        async with self._db.pool.connection() as connection:
-            cursor = await connection.execute(
-                "DELETE FROM alert_notifications WHERE handed_over_at < clock_timestamp() - %s::interval", (after,)
-            )
-            return cursor.rowcount
-
 
 async def _is_ours(connection: AsyncConnection) -> bool:
     """Whether no other relay gathers in this moment: two would tear apart what belongs together."""

@@ -4,13 +4,9 @@ Every method is one transaction (or says otherwise) and can be repeated after a 
 activities, which Temporal retries.
 """
 
-import asyncio
-import time
 from dataclasses import dataclass
-from typing import Any
 
 from psycopg import AsyncConnection
-from psycopg.rows import dict_row
 from psycopg.types.json import Jsonb
 
 from domain.admission import FIRMWARE_UPDATE
@@ -27,17 +23,18 @@ from models.rollout import (
     PlanRolloutInput,
     PlanRolloutResult,
     Verdict,
-    WaveCounts,
     WaveProgress,
     WaveVerdict,
 )
 from models.spec import PaceSpec
 from models.views import EventView, ExecutionView, RolloutView
 from store.causes import causes, failures_to_diagnose
-from store.engine import Database, fetch_one
+from store.engine import Database
 from store.events import append_event
 from store.executions import CHANNEL, load_expired, load_running, load_withdrawable, save
 from store.jobplanning import JOIN_CHUNK, join_fleet_job, want_config_of_wave
+from store.jobviews import read_events, read_execution, read_executions, read_figures, read_rollouts, read_waves
+from store.listening import named_within
 from store.planning import plan_rollout
 
 _QUEUE_WAVE = """
@@ -138,12 +135,12 @@ class RolloutStore:
                 await append_event(
                     connection, job_no, "wave-opened", f"wave {wave} opened for {moved.rowcount} devices", wave
                 )
-            return (await _waves(connection, job_no, wave))[0]
+            return (await read_waves(connection, job_no, wave))[0]
 
     async def progress(self, job_no: int, wave: int) -> JobProgress:
         """The wave and the job around it, as last committed."""
         async with self.db.pool.connection() as connection:
-            waves = await _waves(connection, job_no)
+            waves = await read_waves(connection, job_no)
             row = await (
                 await connection.execute(
                     "SELECT status, in_flight, in_flight_cap, exposed, per_minute, job_id FROM jobs WHERE job_no = %s",
@@ -256,7 +253,7 @@ class RolloutStore:
                 await connection.execute(
                     "UPDATE jobs SET status = 'halted', reason = %s WHERE job_no = %s", (verdict.reason, job_no)
                 )
-            return (await _waves(connection, job_no, wave))[0]
+            return (await read_waves(connection, job_no, wave))[0]
 
     # --- the job -----------------------------------------------------------------------------------------------------
 
@@ -334,7 +331,7 @@ class RolloutStore:
             if closed.rowcount:
                 recorded = await fetch_one(connection, "SELECT outcome FROM jobs WHERE job_no = %s", (job_no,))
                 await append_event(connection, job_no, "finished", f"{recorded[0]}: {reason}")
-            return await _figures(connection, job_no)
+            return await read_figures(connection, job_no)
 
     async def withdrawn(self, job_no: int) -> list[str]:
         """Devices whose execution was withdrawn after it had been offered to them."""
@@ -350,19 +347,8 @@ class RolloutStore:
 
     async def wait_for_change(self, job_no: int, timeout: float) -> bool:
         """Whether a wave of this job tripped, answered or ran empty within `timeout` seconds."""
-        deadline = time.monotonic() + timeout
         async with self.db.pool.connection() as connection:
-            await connection.set_autocommit(True)
-            try:
-                await connection.execute(f"LISTEN {CHANNEL}")
-                async for notice in connection.notifies(timeout=timeout):
-                    if notice.payload == str(job_no):
-                        return True
-                    if time.monotonic() >= deadline:
-                        return False
-                return False
-            finally:
-                await asyncio.shield(_quiet(connection))
+            return await named_within(connection, CHANNEL, str(job_no), timeout)
 
     async def failures_to_diagnose(self, job_no: int) -> list[tuple[str, int]]:
         """(device, attempt) of failed updates whose devices are to be asked: see store.causes."""
@@ -373,17 +359,13 @@ class RolloutStore:
 
     async def events(self, job_no: int, limit: int = 100) -> list[EventView]:
         """The last `limit` events, oldest first."""
-        async with self.db.pool.connection() as connection, connection.cursor(row_factory=dict_row) as cursor:
-            await cursor.execute(
-                "SELECT event_no, at, kind, wave, actor, text FROM job_events WHERE job_no = %s ORDER BY event_no DESC LIMIT %s",
-                (job_no, limit),
-            )
-            return [EventView(**row) for row in reversed(await cursor.fetchall())]
+        async with self.db.pool.connection() as connection:
+            return await read_events(connection, job_no, limit)
 
     async def show(self, name: str) -> RolloutView:
         """One rollout with its waves and failures by class. Raises NotFoundError."""
         async with self.db.pool.connection() as connection:
-            views = await _views(connection, "j.name = %(name)s", {"name": name})
+            views = await read_rollouts(connection, "j.name = %(name)s", {"name": name})
             if not views:
                 raise NotFoundError(f"no rollout {name!r}; 'starter.py rollout list' shows those that exist")
             rows = await (
@@ -404,36 +386,17 @@ class RolloutStore:
     async def list_rollouts(self, limit: int = 100) -> list[RolloutView]:
         """The newest rollouts first, without failures by class."""
         async with self.db.pool.connection() as connection:
-            return await _views(connection, "true", {"limit": limit}, "ORDER BY j.job_no DESC LIMIT %(limit)s")
+            return await read_rollouts(connection, "true", {"limit": limit}, "ORDER BY j.job_no DESC LIMIT %(limit)s")
 
     async def execution(self, name: str, device_id: str) -> ExecutionView:
         """One device in a rollout. Raises NotFoundError."""
-        found = await self._executions("AND e.device_id = %(device_id)s", {"name": name, "device_id": device_id})
-        if not found:
-            raise NotFoundError(f"device {device_id!r} is not part of rollout {name!r}")
-        return found[0]
+        async with self.db.pool.connection() as connection:
+            return await read_execution(connection, "rollout", name, device_id)
 
     async def executions(self, name: str, state: ExecutionState | None = None, limit: int = 100) -> list[ExecutionView]:
         """Devices of a rollout in their order, optionally in one state."""
-        extra = "AND e.state = %(state)s" if state else ""
-        return await self._executions(extra, {"name": name, "state": state, "limit": limit})
-
-    async def _executions(self, extra: str, arguments: dict[str, Any]) -> list[ExecutionView]:
-        sql = (
-            "SELECT j.name AS rollout, e.device_id, e.wave, w.name AS wave_name, e.rank, e.state, "
-            "e.version_number, e.execution_number, e.step, coalesce(e.status_details, '{}') AS status_details, "
-            "e.failure_class, e.reason, e.base_version, e.base_sha256, e.by_delta, e.queued_at, e.started_at, e.updated_at, e.finished_at, e.deadline_at "
-            "FROM jobs j JOIN executions e USING (job_no) JOIN waves w USING (job_no, wave) "
-            f"WHERE j.kind = 'rollout' AND j.name = %(name)s {extra} ORDER BY e.wave, e.rank LIMIT %(limit)s"
-        )
-        async with self.db.pool.connection() as connection, connection.cursor(row_factory=dict_row) as cursor:
-            await cursor.execute(sql, {"limit": 1, **arguments})
-            return [ExecutionView(**row) for row in await cursor.fetchall()]
-
-
-async def _quiet(connection: AsyncConnection) -> None:
-    await connection.execute("UNLISTEN *")
-    await connection.set_autocommit(False)
+        async with self.db.pool.connection() as connection:
+            return await read_executions(connection, "rollout", name, state, limit)
 
 
 async def _lock(connection: AsyncConnection, job_no: int) -> JobStatus:
@@ -441,56 +404,3 @@ async def _lock(connection: AsyncConnection, job_no: int) -> JobStatus:
     if row is None:
         raise NotFoundError(f"no job {job_no}")
     return JobStatus(row[0])
-
-
-_WAVE_COLUMNS = (
-    "wave, name, status, tripped_at IS NOT NULL AS tripped, tripped_failed, tripped_exposed, opened_at, answered_at, "
-    "closed_at, verdict, reason, target_count, " + ", ".join(WaveCounts.model_fields)
-)
-
-
-async def _waves(connection: AsyncConnection, job_no: int, wave: int | None = None) -> list[WaveProgress]:
-    async with connection.cursor(row_factory=dict_row) as cursor:
-        await cursor.execute(
-            f"SELECT {_WAVE_COLUMNS} FROM waves WHERE job_no = %(job_no)s "
-            "AND (%(wave)s::int IS NULL OR wave = %(wave)s) ORDER BY wave",
-            {"job_no": job_no, "wave": wave},
-        )
-        return [wave_progress(row) for row in await cursor.fetchall()]
-
-
-def wave_progress(row: dict[str, Any]) -> WaveProgress:
-    """A wave from its row: columns, or the same as JSON."""
-    counts = WaveCounts(**{name: row[name] for name in WaveCounts.model_fields})
-    return WaveProgress.model_validate({**row, "counts": counts})
-
-
-async def _figures(connection: AsyncConnection, job_no: int) -> FinishRolloutResult:
-    devices, exposed, by_delta, outcome = await fetch_one(
-        connection, "SELECT devices, exposed, by_delta, outcome FROM jobs WHERE job_no = %s", (job_no,)
-    )
-    waves = await _waves(connection, job_no)
-    return FinishRolloutResult(
-        outcome=Outcome(outcome) if outcome else None,
-        devices=devices,
-        succeeded=sum(wave.counts.succeeded for wave in waves),
-        failed=sum(wave.counts.gate_failed for wave in waves),
-        exposed=exposed,
-        by_delta=by_delta,
-        waves=tuple(waves),
-    )
-
-
-async def _views(
-    connection: AsyncConnection, condition: str, arguments: dict[str, Any], tail: str = ""
-) -> list[RolloutView]:
-    async with connection.cursor(row_factory=dict_row) as cursor:
-        await cursor.execute(
-            "SELECT j.job_no, j.job_id, j.name, j.spec->>'release' AS release, j.target_version, j.target_sha256, j.status, j.phase, j.outcome, j.reason, "
-            "j.requested_by, j.devices, j.in_flight, j.in_flight_cap, j.per_minute, j.exposed, j.by_delta, "
-            "j.created_at, j.started_at, j.finished_at, j.spec "
-            f"FROM jobs j WHERE j.kind = 'rollout' AND {condition} {tail}",
-            arguments,
-        )
-        jobs = await cursor.fetchall()
-    return [RolloutView(**job, waves=tuple(await _waves(connection, job["job_no"]))) for job in jobs]

@@ -29,7 +29,6 @@ from temporalio.client import (
     WorkflowHandle,
 )
 from temporalio.common import (
-    SearchAttributePair,
     TypedSearchAttributes,
     WorkflowIDConflictPolicy,
     WorkflowIDReusePolicy,
@@ -51,14 +50,13 @@ from models.ids import provision_workflow_id, reissue_workflow_id, rollout_workf
 from models.quantities import format_duration, format_share
 from models.rollout import Phase, RolloutResult, StartRolloutInput
 from models.spec import RolloutSpec, WaveSpec
+from workflows.attributes import found_by
 from workflows.offline import OfflineSweepWorkflow
 from workflows.options import (
     CATCH_UP,
     CRL_SCHEDULE,
     CRL_UPKEEP_EVERY,
     CRL_UPKEEP_ID,
-    DEVICE,
-    KIND,
     KIND_PROVISIONING,
     KIND_REISSUE,
     KIND_ROLLOUT,
@@ -68,8 +66,6 @@ from workflows.options import (
     OFFLINE_SCHEDULE,
     OFFLINE_SWEEP_EVERY,
     OFFLINE_SWEEP_ID,
-    PHASE,
-    RELEASE,
     RETENTION_EVERY,
     RETENTION_ID,
     RETENTION_SCHEDULE,
@@ -169,7 +165,7 @@ def _upkeep(run: Any, asked: BaseModel, workflow_id: str, summary: str) -> Sched
         asked,
         id=workflow_id,
         task_queue=TASK_QUEUE,
-        typed_search_attributes=TypedSearchAttributes([SearchAttributePair(KIND, KIND_UPKEEP)]),
+        typed_search_attributes=found_by(KIND_UPKEEP),
         static_summary=summary,
     )
 
@@ -233,13 +229,7 @@ async def start_provisioning(
         task_queue=TASK_QUEUE,
         id_reuse_policy=WorkflowIDReusePolicy.ALLOW_DUPLICATE,
         id_conflict_policy=WorkflowIDConflictPolicy.USE_EXISTING,
-        search_attributes=TypedSearchAttributes(
-            [
-                SearchAttributePair(KIND, KIND_PROVISIONING),
-                SearchAttributePair(DEVICE, request.serial_number),
-                SearchAttributePair(PHASE, "checking"),
-            ]
-        ),
+        search_attributes=found_by(KIND_PROVISIONING, device=request.serial_number, phase="checking"),
         memo={MEMO_ENROLMENT: request.enrolment_no},
         static_summary=f"enrolment {request.enrolment_no} of {request.serial_number}",
         rpc_timeout=START_TIMEOUT,
@@ -257,9 +247,7 @@ async def start_reissue(
         task_queue=TASK_QUEUE,
         id_reuse_policy=WorkflowIDReusePolicy.ALLOW_DUPLICATE,
         id_conflict_policy=WorkflowIDConflictPolicy.USE_EXISTING,
-        search_attributes=TypedSearchAttributes(
-            [SearchAttributePair(KIND, KIND_REISSUE), SearchAttributePair(DEVICE, request.device_id)]
-        ),
+        search_attributes=found_by(KIND_REISSUE, device=request.device_id),
         static_summary=f"next certificate of {request.device_id}",
         rpc_timeout=START_TIMEOUT,
     )
@@ -274,9 +262,7 @@ async def start_own_rotation(client: Client, device_id: str, overlap: timedelta)
         task_queue=TASK_QUEUE,
         id_reuse_policy=WorkflowIDReusePolicy.ALLOW_DUPLICATE,
         id_conflict_policy=WorkflowIDConflictPolicy.USE_EXISTING,
-        search_attributes=TypedSearchAttributes(
-            [SearchAttributePair(KIND, KIND_ROTATION), SearchAttributePair(DEVICE, device_id)]
-        ),
+        search_attributes=found_by(KIND_ROTATION, device=device_id),
         static_summary=f"{device_id} came by itself",
         rpc_timeout=START_TIMEOUT,
     )
@@ -284,13 +270,7 @@ async def start_own_rotation(client: Client, device_id: str, overlap: timedelta)
 
 def search_attributes(spec: RolloutSpec) -> TypedSearchAttributes:
     """What a rollout can be found by from its first moment."""
-    return TypedSearchAttributes(
-        [
-            SearchAttributePair(KIND, KIND_ROLLOUT),
-            SearchAttributePair(RELEASE, spec.release),
-            SearchAttributePair(PHASE, str(Phase.PLANNING)),
-        ]
-    )
+    return found_by(KIND_ROLLOUT, release=spec.release, phase=str(Phase.PLANNING))
 
 
 def summary(spec: RolloutSpec) -> str:

@@ -29,6 +29,7 @@ with workflow.unsafe.imports_passed_through():
     from models.quantities import format_duration
     from workflows import lifecycle_steps as steps
     from workflows import options
+    from workflows.answers import refusal, said_by
 
 with decisions():
     from domain.reminders import longer, next_pause
@@ -78,7 +79,7 @@ class ConfigurationWorkflow:
             self._show(
                 "waiting",
                 f"**waiting** for the device to report version {version}\n\n"
-                f"Next limit: {deadline:%Y-%m-%d %H:%M:%S} UTC\n\n{steps.asked_by(asked.actor, asked.reason)}",
+                f"Next limit: {deadline:%Y-%m-%d %H:%M:%S} UTC\n\n{said_by('Asked', asked.actor, asked.reason)}",
             )
             pause = options.FIRST_REMINDER
             while not applied and not self._requests and workflow.now() < deadline:
@@ -100,7 +101,7 @@ class ConfigurationWorkflow:
                 if not ended.applied:
                     return self._result(version, ConfigureOutcome.TIMED_OUT, waited)
         except ActivityError as error:
-            refused = steps.refusal(error)
+            refused = refusal(error)
             if refused is None:
                 raise
             return self._result(version, ConfigureOutcome.REFUSED, refused)

@@ -34,6 +34,7 @@ with workflow.unsafe.imports_passed_through():
     )
     from workflows import lifecycle_steps as steps
     from workflows import options
+    from workflows.answers import said_by
 
 with decisions():
     from domain.reminders import longer, next_pause
@@ -120,7 +121,7 @@ class DecommissionWorkflow:
         self._status = LifecycleStatus(device_id=self._asked.device_id, phase=phase, until=until)
         ends = f"\n\nNext limit: {until:%Y-%m-%d %H:%M:%S} UTC" if until else ""
         asked = self._asked
-        steps.show(phase, f"**{phase}** {what}{ends}\n\n{steps.asked_by(asked.actor, asked.reason)}", outcome)
+        steps.show(phase, f"**{phase}** {what}{ends}\n\n{said_by('Asked', asked.actor, asked.reason)}", outcome)
 
     @workflow.signal(name=options.DEVICE_EVENT)
     def device_event(self, event: DeviceEvent) -> None:

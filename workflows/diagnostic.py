@@ -28,6 +28,7 @@ with workflow.unsafe.imports_passed_through():
     from models.quantities import format_duration
     from workflows import lifecycle_steps as steps
     from workflows import options
+    from workflows.answers import refusal, said_by
     from workflows.details import plain
 
 with decisions():
@@ -58,7 +59,7 @@ class DiagnosticWorkflow:
         try:
             result = await self._ask(asked)
         except ActivityError as error:
-            refused = steps.refusal(error)
+            refused = refusal(error)
             if refused is None:
                 raise
             result = self._result(AskOutcome.REFUSED, refused)
@@ -72,7 +73,7 @@ class DiagnosticWorkflow:
         self._show(
             "waiting",
             f"**waiting** for {asked.device_id} to answer {asked.type}\n\n"
-            f"Next limit: {deadline:%Y-%m-%d %H:%M:%S} UTC\n\n{steps.asked_by(asked.actor, asked.reason)}",
+            f"Next limit: {deadline:%Y-%m-%d %H:%M:%S} UTC\n\n{said_by('Asked', asked.actor, asked.reason)}",
         )
         times = 0
         while opened.state is DiagnosticState.REQUESTED and not self._answered and workflow.now() < deadline:

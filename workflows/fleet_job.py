@@ -8,12 +8,11 @@ What an operator asks (pause, resume, cancel) takes effect in PostgreSQL first, 
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from temporalio import workflow
-from temporalio.common import SearchAttributeUpdate
-from temporalio.exceptions import ActivityError, ApplicationError, FailureError, is_cancelled_exception
+from temporalio.exceptions import ActivityError, FailureError, is_cancelled_exception
 
 from workflows.sandbox import decisions
 
@@ -49,6 +48,8 @@ with workflow.unsafe.imports_passed_through():
         WaveVerdict,
     )
     from workflows import job_steps, options, steps
+    from workflows.answers import in_its_words, refusal, refuse, root_of, said_by
+    from workflows.attributes import found_by, show_phase
     from workflows.wave import WaveWorkflow
 
 with decisions():
@@ -166,10 +167,9 @@ class FleetJobWorkflow:
             state.plan = await planning
             raise
         except ActivityError as error:
-            cause = error.cause
-            if isinstance(cause, ApplicationError) and cause.type in options.NEVER_MENDED:
-                return _End(Outcome.REFUSED, cause.message)
-            raise
+            if (refused := refusal(error)) is None:
+                raise
+            return _End(Outcome.REFUSED, refused)
         self._show()
         return None
 
@@ -190,7 +190,7 @@ class FleetJobWorkflow:
                 is_last=planned.wave == plan.waves[-1].wave,
             ),
             id=fleet_job_wave_workflow_id(spec.name, planned.wave),
-            search_attributes=job_steps.wave_attributes(spec),
+            search_attributes=found_by(options.KIND_WAVE, release=spec.release or None),
             static_summary=f"wave {planned.wave} ({planned.name}), {planned.devices} devices",
         )
         return (await child).verdict
@@ -228,14 +228,14 @@ class FleetJobWorkflow:
     def _cut_short(self, error: BaseException) -> _End:
         state, spec = self._state, self._spec
         if state.canceled_by:
-            return _End(Outcome.ABORTED, job_steering.said("canceled", state.canceled_by, state.cancel_reason))
+            return _End(Outcome.ABORTED, said_by("canceled", state.canceled_by, state.cancel_reason))
         if state.time_is_up:
             if spec.membership is Membership.CONTINUOUS:
                 return _End(Outcome.SUCCEEDED, f"ended at {spec.end_at}, as agreed")
             return _End(Outcome.ABORTED, f"its time was up at {spec.end_at}")
         if is_cancelled_exception(error):
             return _End(Outcome.ABORTED, "canceled: the workflow was cancelled")
-        return _End(Outcome.FAILED, f"failed: {_root(error)}")
+        return _End(Outcome.FAILED, f"failed: {root_of(error)}")
 
     async def _finish(self, end: _End) -> FleetJobResult:
         """Close the job. What has not started is withdrawn; devices in progress are waited for, or cancelled."""
@@ -269,10 +269,7 @@ class FleetJobWorkflow:
         self._shown = state.shown_phase
         if self._shown is before:
             return
-        updates: list[SearchAttributeUpdate[str]] = [options.PHASE.value_set(str(self._shown))]
-        if phase is Phase.DONE and state.outcome is not None:
-            updates.append(options.OUTCOME.value_set(str(state.outcome)))
-        workflow.upsert_search_attributes(updates)
+        show_phase(str(self._shown), str(state.outcome) if phase is Phase.DONE and state.outcome is not None else None)
 
     def _show(self) -> None:
         workflow.set_current_details(fleet_job_details(self._spec, self._state, self._progress))
@@ -280,7 +277,7 @@ class FleetJobWorkflow:
     async def _set_status(self, status: JobStatus, phase: Phase, reason: str, actor: str) -> None:
         if self._state.plan is not None:
             job_no = self._state.plan.job_no
-            await _told(
+            await in_its_words(
                 steps.set_status(
                     SetJobStatusInput(job_no=job_no, status=status, phase=phase, reason=reason, actor=actor)
                 )
@@ -292,8 +289,8 @@ class FleetJobWorkflow:
     async def pause(self, asked: PauseFleetJobInput) -> FleetJobStatus:
         """Admission stops with the next transaction; no wave opens until resumed. Devices in progress go on."""
         async with self._lock:
-            _refuse(job_steering.why_not_pause(self._state))
-            reason = job_steering.said("paused", asked.actor, asked.reason)
+            refuse(job_steering.why_not_pause(self._state))
+            reason = said_by("paused", asked.actor, asked.reason)
             await self._set_status(JobStatus.PAUSED, Phase.PAUSED, reason, asked.actor)
             self._state.paused_by, self._state.pause_reason = asked.actor, asked.reason
             self._move_to(self._state.phase, self._state.reason)
@@ -301,18 +298,16 @@ class FleetJobWorkflow:
 
     @pause.validator
     def _check_pause(self, asked: PauseFleetJobInput) -> None:
-        _refuse(job_steering.why_not_pause(self._state))
+        refuse(job_steering.why_not_pause(self._state))
 
     @workflow.update
     async def resume(self, asked: ResumeFleetJobInput) -> FleetJobStatus:
         """Go on where it stopped: after a pause, or where a wave is held for a person."""
         async with self._lock:
             state = self._state
-            _refuse(job_steering.why_not_resume(state))
+            refuse(job_steering.why_not_resume(state))
             unpaused = JobStatus.RUNNING if state.wave else JobStatus.PLANNED
-            await self._set_status(
-                unpaused, state.phase, job_steering.said("resumed", asked.actor, asked.reason), asked.actor
-            )
+            await self._set_status(unpaused, state.phase, said_by("resumed", asked.actor, asked.reason), asked.actor)
             if not state.paused_by:
                 state.resumed_by = asked.actor
             state.paused_by, state.pause_reason = "", ""
@@ -321,21 +316,21 @@ class FleetJobWorkflow:
 
     @resume.validator
     def _check_resume(self, asked: ResumeFleetJobInput) -> None:
-        _refuse(job_steering.why_not_resume(self._state))
+        refuse(job_steering.why_not_resume(self._state))
 
     @workflow.update
     async def cancel(self, asked: CancelFleetJobInput) -> FleetJobStatus:
         """End the job: nothing more starts. With `force`, also a second time: what is in progress is cancelled too."""
         async with self._lock:
             state = self._state
-            _refuse(job_steering.why_not_cancel(state, asked))
-            reason = job_steering.said("canceled", asked.actor, asked.reason)
+            refuse(job_steering.why_not_cancel(state, asked))
+            reason = said_by("canceled", asked.actor, asked.reason)
             if state.phase is Phase.DRAINING and state.plan is not None:
-                await _told(steps.cancel_running(CancelRunningInput(job_no=state.plan.job_no, reason=reason)))
+                await in_its_words(steps.cancel_running(CancelRunningInput(job_no=state.plan.job_no, reason=reason)))
                 state.force = True
                 return self.status()
             await self._set_status(JobStatus.HALTED, Phase.DRAINING, reason, asked.actor)
-            _refuse(job_steering.why_not_cancel(state, asked))
+            refuse(job_steering.why_not_cancel(state, asked))
             state.canceled_by, state.cancel_reason, state.force = asked.actor, asked.reason, asked.force
             if self._process is not None:
                 self._process.cancel()
@@ -343,7 +338,7 @@ class FleetJobWorkflow:
 
     @cancel.validator
     def _check_cancel(self, asked: CancelFleetJobInput) -> None:
-        _refuse(job_steering.why_not_cancel(self._state, asked))
+        refuse(job_steering.why_not_cancel(self._state, asked))
 
     # --- signals and queries ----------------------------------------------------------------------------------------
 
@@ -376,26 +371,3 @@ def _name_of(asked: StartFleetJobInput) -> str:
         return asked.spec.name
     info = workflow.info()
     return scheduled_job_name(info.workflow_id) or f"{asked.spec.name}-{info.start_time:%Y%m%dT%H%M%S}"
-
-
-def _refuse(why: str | None) -> None:
-    """Refuse an update with a sentence that a person can act on."""
-    if why is not None:
-        raise ApplicationError(why, type="RefusedError", non_retryable=True)
-
-
-async def _told(step: Awaitable[None]) -> None:
-    """Await a step of an update; when it refuses, say why in its own words rather than "activity failed"."""
-    try:
-        await step
-    except ActivityError as error:
-        cause = error.cause
-        if isinstance(cause, ApplicationError) and cause.type in options.NEVER_MENDED:
-            raise ApplicationError(cause.message, type=cause.type, non_retryable=True) from error
-        raise
-
-
-def _root(error: BaseException) -> str:
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return str(error)

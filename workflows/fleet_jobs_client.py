@@ -27,7 +27,6 @@ from temporalio.client import (
     WorkflowHandle,
 )
 from temporalio.common import (
-    SearchAttributePair,
     TypedSearchAttributes,
     WorkflowIDConflictPolicy,
     WorkflowIDReusePolicy,
@@ -48,8 +47,9 @@ from models.jobspec import FleetJobSpec
 from models.protocol import JobOperation
 from models.quantities import format_duration, format_share
 from models.rollout import Phase
+from workflows.attributes import found_by
 from workflows.fleet_job import FleetJobWorkflow
-from workflows.options import JOB_CATCH_UP, JOB_SCHEDULE, KIND, KIND_JOB, PHASE, RELEASE, TASK_QUEUE
+from workflows.options import JOB_CATCH_UP, JOB_SCHEDULE, KIND_JOB, TASK_QUEUE
 
 _CRON, _ZONE, _OPERATION = "cron", "timezone", "operation"
 """In a schedule's memo: the server keeps a calendar, and no longer says which expression it was."""
@@ -120,7 +120,7 @@ async def create_job_schedule(
         state=ScheduleState(note=f"created by {actor}"),
     )
     memo = {_CRON: cron, _ZONE: timezone, _OPERATION: str(spec.operation)}
-    attributes = TypedSearchAttributes([SearchAttributePair(KIND, JOB_SCHEDULE)])
+    attributes = found_by(JOB_SCHEDULE)
     try:
         return await client.create_schedule(job_schedule_id(name), schedule, memo=memo, search_attributes=attributes)
     except ScheduleAlreadyRunningError:
@@ -165,10 +165,7 @@ async def delete_job_schedule(client: Client, name: str) -> None:
 
 def search_attributes(spec: FleetJobSpec) -> TypedSearchAttributes:
     """What a job can be found by from its first moment."""
-    release = [SearchAttributePair(RELEASE, spec.release)] if spec.release else []
-    return TypedSearchAttributes(
-        [SearchAttributePair(KIND, KIND_JOB), SearchAttributePair(PHASE, str(Phase.PLANNING)), *release]
-    )
+    return found_by(KIND_JOB, release=spec.release or None, phase=str(Phase.PLANNING))
 
 
 def summary(spec: FleetJobSpec) -> str:

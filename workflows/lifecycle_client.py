@@ -23,8 +23,6 @@ from temporalio.client import (
     WorkflowHandle,
 )
 from temporalio.common import (
-    SearchAttributePair,
-    TypedSearchAttributes,
     WorkflowIDConflictPolicy,
     WorkflowIDReusePolicy,
 )
@@ -48,6 +46,8 @@ from models.ids import (
 )
 from models.lifecycle import RotateFleetInput, RotateFleetResult
 from workflows import options
+from workflows.answers import said_by
+from workflows.attributes import found_by
 from workflows.configuration import ConfigurationWorkflow
 from workflows.decommission import DecommissionWorkflow
 from workflows.diagnostic import DiagnosticWorkflow
@@ -71,8 +71,8 @@ async def start_configuration(
         id_reuse_policy=WorkflowIDReusePolicy.ALLOW_DUPLICATE,
         start_signal=options.CONFIGURE,
         start_signal_args=[asked],
-        search_attributes=_attributes(options.KIND_CONFIGURATION, asked.device_id),
-        static_summary=f"configuration of {asked.device_id}, {_asked_by(asked.actor, asked.reason)}"[:200],
+        search_attributes=found_by(options.KIND_CONFIGURATION, device=asked.device_id),
+        static_summary=f"configuration of {asked.device_id}, {said_by('asked', asked.actor, asked.reason)}"[:200],
     )
 
 
@@ -87,8 +87,8 @@ async def start_rotation(
         task_queue=options.TASK_QUEUE,
         id_reuse_policy=WorkflowIDReusePolicy.ALLOW_DUPLICATE,
         id_conflict_policy=WorkflowIDConflictPolicy.FAIL,
-        search_attributes=_attributes(options.KIND_ROTATION, asked.device_id),
-        static_summary=f"new certificate for {asked.device_id}, {_asked_by(asked.actor, asked.reason)}"[:200],
+        search_attributes=found_by(options.KIND_ROTATION, device=asked.device_id),
+        static_summary=f"new certificate for {asked.device_id}, {said_by('asked', asked.actor, asked.reason)}"[:200],
     )
 
 
@@ -103,8 +103,8 @@ async def start_decommission(
         task_queue=options.TASK_QUEUE,
         id_reuse_policy=WorkflowIDReusePolicy.ALLOW_DUPLICATE,
         id_conflict_policy=WorkflowIDConflictPolicy.FAIL,
-        search_attributes=_attributes(options.KIND_DECOMMISSION, asked.device_id),
-        static_summary=f"end of {asked.device_id}, {_asked_by(asked.actor, asked.reason)}"[:200],
+        search_attributes=found_by(options.KIND_DECOMMISSION, device=asked.device_id),
+        static_summary=f"end of {asked.device_id}, {said_by('asked', asked.actor, asked.reason)}"[:200],
     )
 
 
@@ -117,14 +117,10 @@ async def start_diagnosis(client: Client, asked: AskDeviceInput) -> WorkflowHand
         task_queue=options.TASK_QUEUE,
         id_reuse_policy=WorkflowIDReusePolicy.REJECT_DUPLICATE,
         id_conflict_policy=WorkflowIDConflictPolicy.FAIL,
-        search_attributes=_attributes(options.KIND_DIAGNOSTIC, asked.device_id),
-        static_summary=f"{asked.type} of {asked.device_id}, {_asked_by(asked.actor, asked.reason)}"[:200],
+        search_attributes=found_by(options.KIND_DIAGNOSTIC, device=asked.device_id),
+        static_summary=f"{asked.type} of {asked.device_id}, {said_by('asked', asked.actor, asked.reason)}"[:200],
         rpc_timeout=options.START_TIMEOUT,
     )
-
-
-def _asked_by(actor: str, reason: str) -> str:
-    return f"asked by {actor}: {reason}" if reason else f"asked by {actor}"
 
 
 async def start_fleet_rotation(
@@ -138,7 +134,7 @@ async def start_fleet_rotation(
         task_queue=options.TASK_QUEUE,
         id_reuse_policy=WorkflowIDReusePolicy.ALLOW_DUPLICATE,
         id_conflict_policy=WorkflowIDConflictPolicy.FAIL,
-        search_attributes=_attributes(options.KIND_UPKEEP, None),
+        search_attributes=found_by(options.KIND_UPKEEP),
         static_summary=f"rotation of certificates, asked by {asked.actor}"[:200],
     )
 
@@ -153,7 +149,7 @@ async def ensure_rotation_schedule(client: Client, asked: RotateFleetInput) -> b
         asked,
         id=ROTATION_SCHEDULE,
         task_queue=options.TASK_QUEUE,
-        typed_search_attributes=_attributes(options.KIND_UPKEEP, None),
+        typed_search_attributes=found_by(options.KIND_UPKEEP),
         static_summary="rotation of certificates that are due",
     )
     schedule = Schedule(
@@ -204,10 +200,3 @@ class TemporalFlows:
                 raise
             return False
         return True
-
-
-def _attributes(kind: str, device_id: str | None) -> TypedSearchAttributes:
-    pairs = [SearchAttributePair(options.KIND, kind)]
-    if device_id is not None:
-        pairs.append(SearchAttributePair(options.DEVICE, device_id))
-    return TypedSearchAttributes(pairs)

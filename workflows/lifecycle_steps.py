@@ -6,8 +6,7 @@ Only arranges calls; when and in which order is the workflows' business.
 from typing import Any
 
 from temporalio import workflow
-from temporalio.common import SearchAttributeUpdate
-from temporalio.exceptions import ActivityError, ApplicationError, is_cancelled_exception
+from temporalio.exceptions import ActivityError, is_cancelled_exception
 
 from activities.configuration import ConfigurationActivities
 from activities.decommission import DecommissionActivities
@@ -53,6 +52,7 @@ from models.lifecycle import (
 )
 from models.shadow import CheckShadowInput, EndShadowInput, ShadowSeen, WantShadowInput
 from workflows import options
+from workflows.attributes import show_phase
 
 _SHORT: dict[str, Any] = {
     "start_to_close_timeout": options.SHORT_TIMEOUT,
@@ -60,28 +60,10 @@ _SHORT: dict[str, Any] = {
 }
 
 
-def refusal(error: BaseException) -> str | None:
-    """The sentence with which an activity refused what no repetition mends; None for any other error."""
-    cause = error.cause if isinstance(error, ActivityError) else None
-    return cause.message if isinstance(cause, ApplicationError) and cause.type in options.NEVER_MENDED else None
-
-
 def show(phase: str, details: str, outcome: str | None = None) -> None:
     """The phase, for whoever searches and for the workflow's page."""
-    updates: list[SearchAttributeUpdate[str]] = [options.PHASE.value_set(phase)]
-    if outcome is not None:
-        updates.append(options.OUTCOME.value_set(outcome))
-    workflow.upsert_search_attributes(updates)
+    show_phase(phase, outcome)
     workflow.set_current_details(details)
-
-
-def asked_by(actor: str, reason: str) -> str:
-    """Who asked for it, and why.
-
-    >>> asked_by("alice", "scrapped"), asked_by("alice", "")
-    ('Asked by alice: scrapped', 'Asked by alice')
-    """
-    return f"Asked by {actor}: {reason}" if reason else f"Asked by {actor}"
 
 
 # --- configuration ---------------------------------------------------------------------------------------------------

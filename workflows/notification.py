@@ -13,6 +13,7 @@ with workflow.unsafe.imports_passed_through():
     from activities.notifying import NotifyingActivities
     from models.alerting import DeliverInput, Delivery, NotifyInput, NotifyResult
     from workflows import options
+    from workflows.attributes import show_phase
 
 
 @workflow.defn
@@ -60,7 +61,7 @@ class NotificationWorkflow:
         outcome = (
             "nobody" if not deliveries else "told" if not failed else "failed" if failed == deliveries else "partly"
         )
-        workflow.upsert_search_attributes([options.PHASE.value_set("done"), options.OUTCOME.value_set(outcome)])
+        show_phase("done", outcome)
         lines = [f"- {each.channel}: {'told' if each.delivered else each.reason}" for each in deliveries]
         workflow.set_current_details("\n".join([f"**{told.severity}** {told.summary}", "", *(lines or [reason])]))
         return NotifyResult(digest=told.digest, deliveries=tuple(deliveries), reason=reason)

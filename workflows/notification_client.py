@@ -2,8 +2,6 @@
 
 from temporalio.client import Client, WorkflowHandle
 from temporalio.common import (
-    SearchAttributePair,
-    TypedSearchAttributes,
     WorkflowIDConflictPolicy,
     WorkflowIDReusePolicy,
 )
@@ -12,6 +10,7 @@ from temporalio.exceptions import WorkflowAlreadyStartedError
 from models.alerting import NotifyInput, NotifyResult
 from models.ids import notify_workflow_id
 from workflows import options
+from workflows.attributes import found_by
 from workflows.notification import NotificationWorkflow
 
 
@@ -26,7 +25,7 @@ async def start_notification(client: Client, told: NotifyInput) -> WorkflowHandl
             task_queue=options.TASK_QUEUE,
             id_reuse_policy=WorkflowIDReusePolicy.REJECT_DUPLICATE,
             id_conflict_policy=WorkflowIDConflictPolicy.USE_EXISTING,
-            search_attributes=TypedSearchAttributes([SearchAttributePair(options.KIND, options.KIND_NOTIFICATION)]),
+            search_attributes=found_by(options.KIND_NOTIFICATION),
             static_summary=told.summary[:200],
         )
     except WorkflowAlreadyStartedError:

@@ -35,6 +35,7 @@ with workflow.unsafe.imports_passed_through():
     from models.quantities import format_duration
     from workflows import options
     from workflows import provisioning_steps as steps
+    from workflows.attributes import show_phase
 
 _AWAITED = {
     DeviceHappening.CONNECTED: "its first connection",
@@ -71,9 +72,7 @@ class ProvisioningWorkflow:
             result = await self._undo(str(error))
         except (asyncio.CancelledError, FailureError) as error:
             result = await self._undo(_said(error))
-        workflow.upsert_search_attributes(
-            [options.PHASE.value_set("done"), options.OUTCOME.value_set(result.outcome.value)]
-        )
+        show_phase("done", result.outcome.value)
         workflow.set_current_details(f"**{result.outcome}** {result.reason}")
         await workflow.wait_condition(workflow.all_handlers_finished)
         return result
@@ -107,7 +106,7 @@ class ProvisioningWorkflow:
     async def _wait_for_person(self, reason: str) -> ProvisionDeviceResult | None:
         """None: approved."""
         self._awaits_person = True
-        workflow.upsert_search_attributes([options.PHASE.value_set("waiting-approval")])
+        show_phase("waiting-approval")
         limit = self._asked.limits.approval
         workflow.set_current_details(
             f"**waiting for a person** {reason}: `starter.py enrolment approve {self._asked.enrolment_no}`"

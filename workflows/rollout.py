@@ -9,12 +9,11 @@ effect there first, through an activity, and then here: when an update has retur
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from temporalio import workflow
-from temporalio.common import SearchAttributePair, SearchAttributeUpdate, TypedSearchAttributes
-from temporalio.exceptions import ActivityError, ApplicationError, FailureError, is_cancelled_exception
+from temporalio.exceptions import ActivityError, FailureError, is_cancelled_exception
 from temporalio.workflow import ChildWorkflowHandle
 
 from workflows.sandbox import decisions
@@ -56,6 +55,8 @@ with workflow.unsafe.imports_passed_through():
     )
     from models.spec import Approval
     from workflows import options, steps
+    from workflows.answers import in_its_words, refusal, refuse, root_of, said_by
+    from workflows.attributes import found_by, show_phase
     from workflows.wave import WaveWorkflow
 
 with decisions():
@@ -143,10 +144,9 @@ class RolloutWorkflow:
                 state.plan = await planning
                 raise
             except ActivityError as error:
-                cause = error.cause
-                if isinstance(cause, ApplicationError) and cause.type in options.NEVER_MENDED:
-                    return _End(Outcome.REFUSED, cause.message)
-                raise
+                if (refused := refusal(error)) is None:
+                    raise
+                return _End(Outcome.REFUSED, refused)
             self._show()
         if state.aborted_by:
             raise asyncio.CancelledError
@@ -183,7 +183,7 @@ class RolloutWorkflow:
                     is_last=planned.wave == plan.waves[-1].wave,
                 ),
                 id=wave_workflow_id(name, planned.wave),
-                search_attributes=_wave_attributes(self._spec.release),
+                search_attributes=found_by(options.KIND_WAVE, release=self._spec.release),
                 static_summary=f"wave {planned.wave} ({planned.name}), {planned.devices} devices",
             )
             return (await self._child).verdict
@@ -239,7 +239,7 @@ class RolloutWorkflow:
             return _End(Outcome.ABORTED, f"aborted by {state.aborted_by}{said}")
         if is_cancelled_exception(error):
             return _End(Outcome.ABORTED, "aborted: the workflow was cancelled")
-        return _End(Outcome.FAILED, f"failed: {_root(error)}")
+        return _End(Outcome.FAILED, f"failed: {root_of(error)}")
 
     async def _finish(self, end: _End) -> RolloutResult:
         """Close the job. What has not started is withdrawn; devices that update are waited for."""
@@ -268,10 +268,7 @@ class RolloutWorkflow:
         self._shown = state.shown_phase
         if self._shown is before:
             return
-        updates: list[SearchAttributeUpdate[str]] = [options.PHASE.value_set(str(self._shown))]
-        if phase is Phase.DONE and state.outcome is not None:
-            updates.append(options.OUTCOME.value_set(str(state.outcome)))
-        workflow.upsert_search_attributes(updates)
+        show_phase(str(self._shown), str(state.outcome) if phase is Phase.DONE and state.outcome is not None else None)
 
     def _show(self) -> None:
         workflow.set_current_details(rollout_details(self._spec, self._state))
@@ -281,7 +278,7 @@ class RolloutWorkflow:
         asked = SetJobStatusInput(
             job_no=self._state.plan.job_no, status=status, phase=phase, reason=reason, actor=actor
         )
-        await _told(steps.set_status(asked))
+        await in_its_words(steps.set_status(asked))
 
     @property
     def _unpaused_status(self) -> JobStatus:
@@ -293,9 +290,9 @@ class RolloutWorkflow:
     async def pause(self, asked: PauseRolloutInput) -> RolloutStatus:
         """Admission stops with the next transaction; no wave opens and none is promoted until resumed."""
         async with self._lock:
-            _refuse(steering.why_not_pause(self._state))
+            refuse(steering.why_not_pause(self._state))
             await self._set_status(
-                JobStatus.PAUSED, Phase.PAUSED, _by("paused", asked.actor, asked.reason), asked.actor
+                JobStatus.PAUSED, Phase.PAUSED, said_by("paused", asked.actor, asked.reason), asked.actor
             )
             self._state.paused_by, self._state.pause_reason = asked.actor, asked.reason
             self._move_to(self._state.phase, self._state.reason, self._state.waiting_for)
@@ -303,14 +300,14 @@ class RolloutWorkflow:
 
     @pause.validator
     def _check_pause(self, asked: PauseRolloutInput) -> None:
-        _refuse(steering.why_not_pause(self._state))
+        refuse(steering.why_not_pause(self._state))
 
     @workflow.update
     async def resume(self, asked: ResumeRolloutInput) -> RolloutStatus:
         """Admission goes on where it stopped."""
         async with self._lock:
-            _refuse(steering.why_not_resume(self._state))
-            said = _by("resumed", asked.actor, asked.reason)
+            refuse(steering.why_not_resume(self._state))
+            said = said_by("resumed", asked.actor, asked.reason)
             await self._set_status(self._unpaused_status, self._state.phase, said, asked.actor)
             self._state.paused_by, self._state.pause_reason = "", ""
             self._move_to(self._state.phase, self._state.reason, self._state.waiting_for)
@@ -318,16 +315,16 @@ class RolloutWorkflow:
 
     @resume.validator
     def _check_resume(self, asked: ResumeRolloutInput) -> None:
-        _refuse(steering.why_not_resume(self._state))
+        refuse(steering.why_not_resume(self._state))
 
     @workflow.update
     async def approve(self, asked: ApproveRolloutInput) -> RolloutStatus:
         """The wave that waits may open."""
         async with self._lock:
-            _refuse(steering.why_not_approve(self._state))
+            refuse(steering.why_not_approve(self._state))
             wave = self._state.wave + 1
             paused = bool(self._state.paused_by)
-            said = _by(f"wave {wave} approved", asked.actor, asked.reason)
+            said = said_by(f"wave {wave} approved", asked.actor, asked.reason)
             await self._set_status(
                 JobStatus.PAUSED if paused else self._unpaused_status,
                 Phase.PAUSED if paused else Phase.ROLLING,
@@ -340,19 +337,19 @@ class RolloutWorkflow:
 
     @approve.validator
     def _check_approve(self, asked: ApproveRolloutInput) -> None:
-        _refuse(steering.why_not_approve(self._state))
+        refuse(steering.why_not_approve(self._state))
 
     @workflow.update
     async def promote(self, asked: PromoteRolloutInput) -> RolloutStatus:
         """End a hold, or the rest of a soak, in favour of the release; refused once a breaker has tripped."""
         async with self._lock:
             state = self._state
-            _refuse(steering.why_not_promote(state))
+            refuse(steering.why_not_promote(state))
             assert state.plan is not None
             wave = state.wave
             check = CheckPromotableInput(job_no=state.plan.job_no, wave=wave, spec=self._spec)
-            await _told(steps.check_promotable(check))
-            _refuse(steering.why_not_promote(state) if state.wave == wave else f"wave {wave} has just promoted itself")
+            await in_its_words(steps.check_promotable(check))
+            refuse(steering.why_not_promote(state) if state.wave == wave else f"wave {wave} has just promoted itself")
             if self._child is not None:
                 await self._child.signal(WaveWorkflow.end_soak, EndSoakInput(actor=asked.actor, reason=asked.reason))
             state.promoted_by, state.promote_reason = asked.actor, asked.reason
@@ -361,18 +358,18 @@ class RolloutWorkflow:
 
     @promote.validator
     def _check_promote(self, asked: PromoteRolloutInput) -> None:
-        _refuse(steering.why_not_promote(self._state))
+        refuse(steering.why_not_promote(self._state))
 
     @workflow.update
     async def abort(self, asked: AbortRolloutInput) -> RolloutStatus:
         """End the rollout: nothing more is admitted, from now on."""
         async with self._lock:
             state = self._state
-            _refuse(steering.why_not_abort(state))
+            refuse(steering.why_not_abort(state))
             if state.plan is not None:
-                said = _by("aborted", asked.actor, asked.reason)
+                said = said_by("aborted", asked.actor, asked.reason)
                 await self._set_status(JobStatus.HALTED, Phase.DRAINING, said, asked.actor)
-            _refuse(steering.why_not_abort(state))
+            refuse(steering.why_not_abort(state))
             state.aborted_by, state.abort_reason = asked.actor, asked.reason
             if state.plan is not None and self._process is not None:
                 self._process.cancel()
@@ -380,24 +377,26 @@ class RolloutWorkflow:
 
     @abort.validator
     def _check_abort(self, asked: AbortRolloutInput) -> None:
-        _refuse(steering.why_not_abort(self._state))
+        refuse(steering.why_not_abort(self._state))
 
     @workflow.update
     async def adjust(self, asked: AdjustRolloutInput) -> RolloutStatus:
         """New cap and pace, kept by the next admission."""
         async with self._lock:
             state = self._state
-            _refuse(steering.why_not_adjust(state, asked))
+            refuse(steering.why_not_adjust(state, asked))
             assert state.plan is not None
             pace = steering.adjusted_pace(state.pace, asked)
-            await _told(steps.adjust_pace(AdjustPaceInput(job_no=state.plan.job_no, pace=pace, actor=asked.actor)))
+            await in_its_words(
+                steps.adjust_pace(AdjustPaceInput(job_no=state.plan.job_no, pace=pace, actor=asked.actor))
+            )
             state.pace = pace
             self._show()
         return self.status()
 
     @adjust.validator
     def _check_adjust(self, asked: AdjustRolloutInput) -> None:
-        _refuse(steering.why_not_adjust(self._state, asked))
+        refuse(steering.why_not_adjust(self._state, asked))
 
     # --- signals and queries ----------------------------------------------------------------------------------------
 
@@ -441,39 +440,3 @@ class RolloutWorkflow:
             phase=state.shown_phase,
             waves_served=served,
         )
-
-
-def _by(done: str, actor: str, reason: str) -> str:
-    return f"{done} by {actor}: {reason}" if reason else f"{done} by {actor}"
-
-
-def _refuse(why: str | None) -> None:
-    """Refuse an update with a sentence that a person can act on."""
-    if why is not None:
-        raise ApplicationError(why, type="RefusedError", non_retryable=True)
-
-
-async def _told(step: Awaitable[None]) -> None:
-    """Await a step of an update; when it refuses, say why in its own words rather than "activity failed"."""
-    try:
-        await step
-    except ActivityError as error:
-        cause = error.cause
-        if isinstance(cause, ApplicationError) and cause.type in options.NEVER_MENDED:
-            raise ApplicationError(cause.message, type=cause.type, non_retryable=True) from error
-        raise
-
-
-def _root(error: BaseException) -> str:
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return str(error)
-
-
-def _wave_attributes(release: str) -> TypedSearchAttributes:
-    return TypedSearchAttributes(
-        [
-            SearchAttributePair(options.KIND, options.KIND_WAVE),
-            SearchAttributePair(options.RELEASE, release),
-        ]
-    )

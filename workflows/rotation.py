@@ -35,6 +35,7 @@ with workflow.unsafe.imports_passed_through():
     from models.quantities import format_duration
     from workflows import lifecycle_steps as steps
     from workflows import options
+    from workflows.answers import refusal, said_by
 
 with decisions():
     from domain.reminders import longer, next_pause
@@ -56,7 +57,7 @@ class CertificateRotationWorkflow:
         try:
             result = await self._rotate()
         except ActivityError as error:
-            refused = steps.refusal(error)
+            refused = refusal(error)
             if refused is None:
                 raise
             result = self._result(RotateOutcome.REFUSED, EndedRotation(reason=refused))
@@ -168,7 +169,7 @@ class CertificateRotationWorkflow:
     def _show(self, phase: str, details: str, until: datetime | None = None, outcome: str | None = None) -> None:
         self._status = LifecycleStatus(device_id=self._asked.device_id, phase=phase, until=until)
         ends = f"\n\nNext limit: {until:%Y-%m-%d %H:%M:%S} UTC" if until else ""
-        steps.show(phase, f"{details}{ends}\n\n{steps.asked_by(self._asked.actor, self._asked.reason)}", outcome)
+        steps.show(phase, f"{details}{ends}\n\n{said_by('Asked', self._asked.actor, self._asked.reason)}", outcome)
 
     @workflow.signal(name=options.DEVICE_EVENT)
     def device_event(self, event: DeviceEvent) -> None:

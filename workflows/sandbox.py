@@ -14,6 +14,8 @@ from temporalio.workflow import SandboxImportNotificationPolicy as Policy
 PASSED_THROUGH = (
     "models",
     "activities",
+    "workflows.answers",
+    "workflows.attributes",
     "workflows.options",
     "workflows.steps",
     "workflows.job_steps",

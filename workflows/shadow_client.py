@@ -12,8 +12,6 @@ from datetime import timedelta
 
 from temporalio.client import Client, WorkflowHandle
 from temporalio.common import (
-    SearchAttributePair,
-    TypedSearchAttributes,
     WorkflowIDConflictPolicy,
     WorkflowIDReusePolicy,
 )
@@ -22,6 +20,7 @@ from models.ids import shadow_workflow_id
 from models.quantities import format_duration
 from models.shadow import SyncShadowInput, SyncShadowResult
 from workflows import options
+from workflows.attributes import found_by
 from workflows.shadow_sync import ShadowSyncWorkflow
 
 Sync = WorkflowHandle[ShadowSyncWorkflow, SyncShadowResult]
@@ -45,13 +44,7 @@ async def start_shadow_sync(client: Client, asked: SyncShadowInput) -> Sync:
         task_queue=options.TASK_QUEUE,
         id_reuse_policy=WorkflowIDReusePolicy.ALLOW_DUPLICATE,
         id_conflict_policy=WorkflowIDConflictPolicy.USE_EXISTING,
-        search_attributes=TypedSearchAttributes(
-            [
-                SearchAttributePair(options.KIND, options.KIND_SHADOW),
-                SearchAttributePair(options.DEVICE, asked.device_id),
-                SearchAttributePair(options.PHASE, "writing"),
-            ]
-        ),
+        search_attributes=found_by(options.KIND_SHADOW, device=asked.device_id, phase="writing"),
         static_summary=f"{name}: {wanted}"[:200],
         static_details=f"**Wanted** `{wanted[:2000]}` within {format_duration(max(asked.limit, timedelta(seconds=1)))}",
     )

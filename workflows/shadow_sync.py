@@ -25,6 +25,7 @@ with workflow.unsafe.imports_passed_through():
     )
     from workflows import lifecycle_steps as steps
     from workflows import options
+    from workflows.answers import refusal, said_by
 
 with decisions():
     from domain.reminders import longer, next_pause
@@ -66,7 +67,7 @@ class ShadowSyncWorkflow:
                     )
                 )
         except ActivityError as error:
-            refused = steps.refusal(error)
+            refused = refusal(error)
             if refused is None:
                 raise
             return self._result(SyncOutcome.REFUSED, refused)
@@ -91,7 +92,7 @@ class ShadowSyncWorkflow:
         self._show(
             "waiting",
             f"**waiting** for {asked.device_id} to report what is wanted\n\n"
-            f"Until: {deadline:%Y-%m-%d %H:%M:%S} UTC\n\n{steps.asked_by(asked.actor, asked.reason)}",
+            f"Until: {deadline:%Y-%m-%d %H:%M:%S} UTC\n\n{said_by('Asked', asked.actor, asked.reason)}",
         )
         return seen
 

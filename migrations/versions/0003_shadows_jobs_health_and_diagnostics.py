@@ -18,11 +18,11 @@ CREATE TRIGGER alerts_changed AFTER UPDATE ON alerts FOR EACH ROW
 """
 
 _FIRST_RULES = """
-INSERT INTO alert_rules (name, severity, created_by, spec) VALUES
-('overheating', 'critical', 'tidegate',
+INSERT INTO alert_rules (name, created_by, spec) VALUES
+('overheating', 'tidegate',
  '{"name": "overheating", "metric": "cpuTemperature", "comparison": ">", "threshold": 80, "heartbeats": 2, "clear": 75,
    "clear_heartbeats": 3, "severity": "critical"}'),
-('high-error-rate', 'warning', 'tidegate',
+('high-error-rate', 'tidegate',
  '{"name": "high-error-rate", "metric": "errorCount", "comparison": ">", "threshold": 100, "severity": "warning"}')
 """
 
@@ -58,7 +58,7 @@ def upgrade() -> None:
         sa.Column("device_id", sa.Text(), nullable=False),
         sa.Column("rule", sa.Text(), nullable=False),
         sa.Column("firing", sa.Boolean(), server_default="false", nullable=False),
-        sa.Column("breaches", sa.Integer(), server_default="0", nullable=False),
+        sa.Column("in_a_row", sa.Integer(), server_default="0", nullable=False),
         sa.Column("since", sa.DateTime(timezone=True), nullable=True),
         sa.PrimaryKeyConstraint("device_id", "rule"),
         postgresql_with={"fillfactor": "70"},
@@ -67,12 +67,10 @@ def upgrade() -> None:
         "alert_rules",
         sa.Column("name", sa.Text(), nullable=False),
         sa.Column("spec", postgresql.JSONB(astext_type=sa.Text()), nullable=False),
-        sa.Column("severity", sa.Text(), nullable=False),
         sa.Column("enabled", sa.Boolean(), server_default="true", nullable=False),
         sa.Column("revision", sa.Integer(), server_default="1", nullable=False),
         sa.Column("created_by", sa.Text(), server_default="unknown", nullable=False),
         sa.Column("updated_at", sa.DateTime(timezone=True), server_default=sa.text("now()"), nullable=False),
-        sa.CheckConstraint("severity IN ('info','warning','critical')", name="alert_rules_severity_valid"),
         sa.PrimaryKeyConstraint("name"),
     )
     op.create_table(

@@ -95,11 +95,9 @@ class AlertRule(SQLModel, table=True):
     """When a heartbeat gives cause for an alert (models/alerting.py has the specification)."""
 
     __tablename__ = "alert_rules"
-    __table_args__ = (CheckConstraint("severity IN ('info','warning','critical')", name="alert_rules_severity_valid"),)
 
     name: str = Field(sa_column=Column(Text, primary_key=True))
     spec: dict[str, Any] = Field(sa_column=Column(JSONB, nullable=False))
-    severity: str = Field(sa_column=Column(Text, nullable=False))
     enabled: bool = Field(default=True, sa_column=Column(Boolean, nullable=False, server_default="true"))
     revision: int = Field(default=1, sa_column=Column(Integer, nullable=False, server_default="1"))
     created_by: str = Field(default="unknown", sa_column=Column(Text, nullable=False, server_default="unknown"))
@@ -115,7 +113,7 @@ class AlertProgress(SQLModel, table=True):
     device_id: str = Field(sa_column=Column(Text, primary_key=True))
     rule: str = Field(sa_column=Column(Text, primary_key=True))
     firing: bool = Field(default=False, sa_column=Column(Boolean, nullable=False, server_default="false"))
-    breaches: int = Field(default=0, sa_column=Column(Integer, nullable=False, server_default="0"))
+    in_a_row: int = Field(default=0, sa_column=Column(Integer, nullable=False, server_default="0"))
     """Heartbeats in a row beyond the threshold; while firing, in a row back within the limit."""
     since: datetime | None = Field(default=None, sa_column=moment())
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from activities.channels import load_channels
 from activities.notifying import NotifyingActivities
-from worker import notify_worker
+from workers.queues import notify_worker
 from workflows.client import connect
 
 

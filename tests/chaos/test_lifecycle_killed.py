@@ -51,7 +51,7 @@ from store.waits import happened
 from tests.chaos.dying_worker import PLAN, death
 from tests.conftest import Broker, free_port
 from tests.identity_setup import make_authorities
-from tests.workflow.conftest import BINARIES
+from tests.temporal_server import BINARIES
 from workflows.client import connect, register_search_attributes, start_provisioning, start_reissue
 from workflows.lifecycle_client import start_configuration, start_decommission, start_rotation
 from workflows.shadow_client import start_shadow_sync, sync_token

@@ -6,25 +6,17 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 from temporalio.client import Client
-from temporalio.contrib.pydantic import pydantic_data_converter
-from temporalio.testing import WorkflowEnvironment
 
 from store.engine import Database
 from tests.integration.enrolment_setup import Door, Pki, serving, working
 from tests.integration.notification_setup import Receiver
-from tests.workflow.conftest import BINARIES
-from workflows.client import register_search_attributes
+from tests.temporal_server import development_server
 
 
 @pytest_asyncio.fixture(scope="session")
 async def temporal() -> AsyncIterator[Client]:
     """A development server for the session."""
-    async with await WorkflowEnvironment.start_local(
-        data_converter=pydantic_data_converter,
-        dev_server_existing_path=str(BINARIES / "temporal"),
-        dev_server_log_level="error",
-    ) as environment:
-        await register_search_attributes(environment.client)
+    async with development_server() as environment:
         yield environment.client
 
 

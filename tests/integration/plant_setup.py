@@ -1,6 +1,9 @@
 """A whole running stack with its command line, and fleets of agents, for tests of the command line."""
 
 import json
+import os
+import pty
+import select
 import signal
 import subprocess
 import sys
@@ -101,3 +104,22 @@ def wait_for(path: Path, process: subprocess.Popen[bytes]) -> None:
         assert process.poll() is None, path
         assert time.monotonic() < deadline, path
         time.sleep(0.05)
+
+
+def on_a_terminal(plant: Plant, *words: str) -> str:
+    """What a command shows a person, colours and what is drawn over included; it has to succeed."""
+    primary, secondary = pty.openpty()
+    environment = {**os.environ, **plant.environment, "TERM": "xterm-256color", "COLUMNS": "120", "LINES": "40"}
+    command = [sys.executable, "starter.py", *words]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=secondary, stderr=secondary, env=environment)
+    os.close(secondary)
+    seen = b""
+    while select.select([primary], [], [], 30)[0]:
+        try:
+            chunk = os.read(primary, 65536)
+        except OSError:  # the other end is closed
+            break
+        seen += chunk
+    os.close(primary)
+    assert process.wait(10) == 0
+    return seen.decode()

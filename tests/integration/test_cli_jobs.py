@@ -1,11 +1,6 @@
 """`job` against a whole running stack and real agents: what devices do, how they fail, what is tried again, what is said."""
 
 import json
-import os
-import pty
-import select
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,7 +10,7 @@ import pytest
 
 from agent.storage import PosixStorage
 from agent.tasks import TaskStore
-from tests.integration.plant_setup import ROOT, Plant, fleet_of, running
+from tests.integration.plant_setup import Plant, fleet_of, on_a_terminal, running
 
 DEVICES = tuple(f"r{number}" for number in range(6))
 LATER = "later"
@@ -220,18 +215,5 @@ def test_what_cannot_be_planned_is_refused_and_a_whole_fleet_is_never_meant_by_a
 
 
 def test_on_a_terminal_a_job_is_watched_live(plant: Plant) -> None:
-    primary, secondary = pty.openpty()
-    command = [sys.executable, "starter.py", "job", "watch", "restart-berlin"]
-    environment = {**os.environ, **plant.environment, "TERM": "xterm-256color", "COLUMNS": "120", "LINES": "40"}
-    process = subprocess.Popen(command, cwd=ROOT, stdout=secondary, stderr=secondary, env=environment)
-    os.close(secondary)
-    seen = b""
-    while select.select([primary], [], [], 30)[0]:
-        try:
-            chunk = os.read(primary, 65536)
-        except OSError:  # the other end is closed
-            break
-        seen += chunk
-    os.close(primary)
-    assert process.wait(10) == 0
-    assert "████" in seen.decode() and "SUCCEEDED" in seen.decode()
+    text = on_a_terminal(plant, "job", "watch", "restart-berlin")
+    assert "████" in text and "SUCCEEDED" in text

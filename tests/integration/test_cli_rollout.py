@@ -2,8 +2,6 @@
 
 import json
 import os
-import pty
-import select
 import signal
 import subprocess
 import sys
@@ -14,7 +12,7 @@ import psutil
 import pytest
 
 import cli.steering
-from tests.integration.plant_setup import ROOT, Plant, fleet_of, running
+from tests.integration.plant_setup import ROOT, Plant, fleet_of, on_a_terminal, running
 
 GROUPS, GROUP_SIZE = ("a", "b", "c", "d", "e", "f", "g"), 8
 OLD, NEW, BAD = b"old" * 1000, b"new" * 1000, b"bad" * 1000
@@ -177,21 +175,7 @@ def test_without_a_worker_a_rollout_is_still_shown_and_orders_say_that_nobody_ta
 
 def test_on_a_terminal_a_rollout_is_watched_live(plant: Plant) -> None:
     """`watch` as a person has it: bars that are drawn over, until the end."""
-    primary, secondary = pty.openpty()
-    command = [sys.executable, "starter.py", "rollout", "watch", "good"]
-    environment = {**os.environ, **plant.environment, "TERM": "xterm-256color", "COLUMNS": "120", "LINES": "40"}
-    process = subprocess.Popen(command, cwd=ROOT, stdout=secondary, stderr=secondary, env=environment)
-    os.close(secondary)
-    seen = b""
-    while select.select([primary], [], [], 30)[0]:
-        try:
-            chunk = os.read(primary, 65536)
-        except OSError:  # the other end is closed
-            break
-        seen += chunk
-    os.close(primary)
-    assert process.wait(10) == 0
-    text = seen.decode()
+    text = on_a_terminal(plant, "rollout", "watch", "good")
     assert "\x1b[32m" in text  # green
     assert "████" in text
     assert "SUCCEEDED" in text

@@ -69,11 +69,11 @@ from tests.integration.life_setup import (
 )
 from tests.integration.rollout_setup import add_devices, add_release, recount, specification
 from tests.integration.test_cli_registry import Desk
-from tests.workflow.conftest import BINARIES
+from tests.temporal_server import BINARIES
 from tests.workflow.life_stage import life_workers
 from transport.publisher import Publisher
 from transport.retained import RetainedMessages
-from worker import Lifecycle
+from workers.lifecycle import Lifecycle
 from workflows import options
 from workflows.client import register_search_attributes, start_rollout
 from workflows.lifecycle_client import (

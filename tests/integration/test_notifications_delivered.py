@@ -20,7 +20,6 @@ import pytest
 import pytest_asyncio
 from standardwebhooks.webhooks import Webhook, WebhookVerificationError
 from temporalio.api.enums.v1 import EventType
-from temporalio.contrib.pydantic import pydantic_data_converter
 from temporalio.service import RPCError, RPCStatusCode
 from temporalio.testing import WorkflowEnvironment
 from temporalio.worker import Worker
@@ -38,6 +37,7 @@ from store.alert_rules import AlertRuleStore
 from store.alerts import AlertStore, raise_alert, resolve_alert, settle_alerts
 from store.engine import Database, migrate
 from store.notifications import NotificationStore
+from store.retention import delete_old
 from store.rotation import ENDING_ALERT
 from tests.cli_runner import run
 from tests.conftest import Broker
@@ -45,10 +45,10 @@ from tests.integration.notification_setup import PATH_SECRET, SECRET, WRONG, Rec
 from tests.integration.rollout_setup import add_devices, prepare
 from tests.integration.test_gateway_identity import rows, until
 from tests.integration.test_gateway_jobs import open_door
-from tests.workflow.conftest import BINARIES
-from worker import notification_relay, notify_worker
+from tests.temporal_server import development_server
+from worker import notification_relay
+from workers.queues import notify_worker
 from workflows import options
-from workflows.client import register_search_attributes
 from workflows.notification import NotificationWorkflow
 from workflows.sandbox import runner
 
@@ -60,12 +60,7 @@ APPRISE = pytest.mark.filterwarnings("ignore:'imghdr' is deprecated:DeprecationW
 @pytest_asyncio.fixture(scope="module")
 async def server() -> AsyncIterator[WorkflowEnvironment]:
     """A development server with a worker for workflows alone."""
-    async with await WorkflowEnvironment.start_local(
-        data_converter=pydantic_data_converter,
-        dev_server_existing_path=str(BINARIES / "temporal"),
-        dev_server_log_level="error",
-    ) as environment:
-        await register_search_attributes(environment.client)
+    async with development_server() as environment:
         async with Worker(
             environment.client,
             task_queue=options.TASK_QUEUE,
@@ -481,7 +476,7 @@ async def test_without_a_notify_file_nothing_piles_up(db: Database, monkeypatch:
     assert await rows(db, "SELECT DISTINCT digest, handed_over_at IS NULL FROM alert_notifications") == [
         ("none", False)
     ]
-    assert await NotificationStore(db).forget(timedelta(0)) == 3
+    assert await delete_old(db, timedelta(0)) == {"alert_notifications": 3}
 
 
 async def told_after_a_quiet_minute(db: Database) -> list[str]:
@@ -554,8 +549,7 @@ def test_the_rules_to_begin_with_are_in_a_new_database(database_url: str) -> Non
         connection.execute("CREATE DATABASE first_rules")
     migrate(fresh)
     with psycopg.connect(fresh) as connection:
-        found = connection.execute("SELECT spec, severity FROM alert_rules ORDER BY name DESC").fetchall()
-    assert [AlertRuleSpec.model_validate(spec) for spec, _ in found] == list(BUILT_IN)
-    assert [severity for _, severity in found] == [rule.severity for rule in BUILT_IN]
+        found = connection.execute("SELECT spec FROM alert_rules ORDER BY name DESC").fetchall()
+    assert [AlertRuleSpec.model_validate(spec) for [spec] in found] == list(BUILT_IN)
     with psycopg.connect(database_url, autocommit=True) as connection:
         connection.execute("DROP DATABASE first_rules WITH (FORCE)")

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 import store.offline
-from domain.presence import Coverage, is_silent
+from domain.presence import Coverage, is_offline
 from models.device import DeviceFilter, DeviceStatus
 from store.alerts import AlertStore
 from store.engine import Database
@@ -112,7 +112,7 @@ async def test_the_statement_goes_by_the_rule(db: Database, covered_minutes: int
     await sweep(db)
     now = datetime.now(UTC)
     covered = Coverage(now - timedelta(minutes=covered_minutes), now)
-    expected = [f"motor-{n}" for n in range(1, 31) if is_silent(now - timedelta(minutes=n - 0.5), LIMIT, covered, now)]
+    expected = [f"motor-{n}" for n in range(1, 31) if is_offline(now - timedelta(minutes=n - 0.5), LIMIT, covered, now)]
     assert await offline(db) == sorted(expected) and bool(expected) == (covered_minutes > 10)
 
 

@@ -9,7 +9,6 @@ import pytest
 import pytest_asyncio
 from temporalio import workflow
 from temporalio.client import WorkflowHandle
-from temporalio.contrib.pydantic import pydantic_data_converter
 from temporalio.service import RPCError, RPCStatusCode
 from temporalio.testing import WorkflowEnvironment
 from temporalio.worker import UnsandboxedWorkflowRunner, Worker
@@ -22,7 +21,7 @@ from store.waits import expect, happened
 from tests.conftest import Broker
 from tests.integration.rollout_setup import prepare
 from tests.integration.test_gateway_jobs import open_door
-from tests.workflow.conftest import BINARIES
+from tests.temporal_server import development_server
 from workflows.options import DEVICE_EVENT
 
 QUEUE = "relay-test"
@@ -52,11 +51,7 @@ class Listener:
 @pytest_asyncio.fixture(scope="module")
 async def server() -> AsyncIterator[WorkflowEnvironment]:
     """A development server with a worker."""
-    async with await WorkflowEnvironment.start_local(
-        data_converter=pydantic_data_converter,
-        dev_server_existing_path=str(BINARIES / "temporal"),
-        dev_server_log_level="error",
-    ) as environment:
+    async with development_server() as environment:
         runner = UnsandboxedWorkflowRunner()
         async with Worker(environment.client, task_queue=QUEUE, workflows=[Listener], workflow_runner=runner):
             yield environment

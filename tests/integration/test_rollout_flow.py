@@ -42,7 +42,8 @@ from store.executions import ExecutionStore
 from store.rollouts import RolloutStore
 from tests.integration.hinted_devices import FAILURE, SUCCESS, HintedDevices
 from tests.integration.rollout_setup import add_devices, add_release, recount, specification
-from tests.workflow.conftest import BINARIES, workers
+from tests.temporal_server import BINARIES
+from tests.workflow.conftest import workers
 from workflows.client import register_search_attributes, start_rollout
 from workflows.rollout import RolloutWorkflow
 

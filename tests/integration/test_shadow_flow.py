@@ -42,7 +42,7 @@ from tests.integration.test_agent_process import THING, Rig
 from tests.integration.test_gateway_jobs import Door
 from tests.workflow.life_stage import life_workers
 from transport.publisher import Publisher
-from worker import Lifecycle
+from workers.lifecycle import Lifecycle
 from workflows import options
 from workflows.shadow_client import start_shadow_sync
 

@@ -29,7 +29,7 @@ from tests.integration.notification_setup import Receiver, channels, hot, taken
 from tests.integration.rollout_setup import add_devices, add_release, specification
 from tests.integration.test_gateway_identity import rows, until
 from tests.pki_setup import now
-from tests.workflow.conftest import BINARIES
+from tests.temporal_server import BINARIES
 from workflows.client import connect, start_rollout
 
 ROOT = Path(__file__).parent.parent.parent

@@ -13,7 +13,6 @@ import sys
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
-from temporalio.contrib.pydantic import pydantic_data_converter
 from temporalio.testing import WorkflowEnvironment
 
 from models.rollout import (
@@ -27,10 +26,10 @@ from models.rollout import (
 )
 from tests.replay.life_scenarios import LIVES
 from tests.replay.scenarios import REAL
-from tests.workflow.conftest import BINARIES, NO_SOAK, THREE_WAVES, SkippingServers, Stage
+from tests.temporal_server import development_server
+from tests.workflow.conftest import NO_SOAK, THREE_WAVES, SkippingServers, Stage
 from tests.workflow.scripted import ScriptedRollout
 from tests.workflow.test_rollout_process import HALT, HOLD
-from workflows.client import register_search_attributes
 from workflows.rollout import RolloutWorkflow
 
 RELEASE = "0.1.0"
@@ -147,12 +146,7 @@ async def main(wanted: list[str]) -> None:
         if path is not None:
             print(path.relative_to(HISTORIES))
     await servers.discard()
-    async with await WorkflowEnvironment.start_local(
-        data_converter=pydantic_data_converter,
-        dev_server_existing_path=str(BINARIES / "temporal"),
-        dev_server_log_level="error",
-    ) as environment:
-        await register_search_attributes(environment.client)
+    async with development_server() as environment:
         for scenario in (name for name in names if name in REAL):
             for path in await record(environment, scenario):
                 print(path.relative_to(HISTORIES))

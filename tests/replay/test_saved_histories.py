@@ -15,7 +15,8 @@ from models.rollout import RunWaveInput, RunWaveResult, StartRolloutInput
 from tests.replay.life_scenarios import LIVES
 from tests.replay.record import SCENARIOS
 from tests.replay.scenarios import REAL
-from worker import HEALTH_WORKFLOWS, LIFECYCLE_WORKFLOWS
+from workers.lifecycle import LIFECYCLE_WORKFLOWS
+from workers.queues import HEALTH_WORKFLOWS
 from workflows.fleet_job import FleetJobWorkflow
 from workflows.notification import NotificationWorkflow
 from workflows.provisioning import ProvisioningWorkflow

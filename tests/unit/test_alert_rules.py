@@ -139,7 +139,7 @@ def test_two_in_a_row_open_and_three_in_a_row_clear() -> None:
 def test_a_value_that_is_missing_is_no_evidence() -> None:
     assert changes(HOT, [81, None, 81]) == [None, None, Change.OPENED]
     assert changes(HOT, [81, 81, 70, None, 70, None, 70]) == [None, Change.OPENED, *[None] * 4, Change.CLEARED]
-    assert judge(Progress(count=1, since=0.0), None, 5, HOT) == (Progress(count=1, since=0.0), None)
+    assert judge(Progress(in_a_row=1, since=0.0), None, 5, HOT) == (Progress(in_a_row=1, since=0.0), None)
 
 
 def test_a_duration_is_the_server_s_and_begins_with_the_first_beyond() -> None:
@@ -216,7 +216,7 @@ def test_what_is_missing_might_as_well_not_have_come(of: AlertRuleSpec, values: 
 
 def test_a_clock_that_was_set_back_does_not_put_an_alert_off() -> None:
     lasting = rule("cpuTemperature > 80 for 10m")
-    progress, change = judge(Progress(count=1, since=100_000.0), 81, 1000.0, lasting)
+    progress, change = judge(Progress(in_a_row=1, since=100_000.0), 81, 1000.0, lasting)
     assert (progress.since, change) == (1000.0, None)
     assert judge(progress, 81, 1600.0, lasting)[1] is Change.OPENED
 

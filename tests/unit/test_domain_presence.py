@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from domain.presence import MAX_GAP, Coverage, are_many, is_listening, is_silent, next_coverage
+from domain.presence import MAX_GAP, Coverage, are_many, is_listening, is_offline, next_coverage
 from gateway.pulse import Pulse, parse_pulse
 
 NOON = datetime(2026, 3, 1, 12, tzinfo=UTC)
@@ -43,13 +43,13 @@ def test_a_gap_of_thirty_seconds_is_still_none() -> None:
     assert next_coverage(Coverage(NOON, NOON), NOON + MAX_GAP, MAX_GAP).since == NOON
 
 
-def test_a_device_is_silent_only_when_its_whole_limit_was_listened_to() -> None:
+def test_a_device_is_offline_only_when_its_whole_limit_was_listened_to() -> None:
     always = Coverage(after(hours=-5), after(minutes=11))
-    assert is_silent(NOON, LIMIT, always, after(minutes=11))
-    assert not is_silent(after(minutes=2), LIMIT, always, after(minutes=11))
-    assert not is_silent(NOON, LIMIT, Coverage(after(minutes=2), after(minutes=11)), after(minutes=11))
-    assert not is_silent(NOON, LIMIT, Coverage(NOON, after(minutes=11)), after(minutes=12)), "nobody listens now"
-    assert not is_silent(NOON, LIMIT, None, after(minutes=11))
+    assert is_offline(NOON, LIMIT, always, after(minutes=11))
+    assert not is_offline(after(minutes=2), LIMIT, always, after(minutes=11))
+    assert not is_offline(NOON, LIMIT, Coverage(after(minutes=2), after(minutes=11)), after(minutes=11))
+    assert not is_offline(NOON, LIMIT, Coverage(NOON, after(minutes=11)), after(minutes=12)), "nobody listens now"
+    assert not is_offline(NOON, LIMIT, None, after(minutes=11))
 
 
 @given(
@@ -63,7 +63,7 @@ def test_no_device_is_ever_silent_within_its_limit_of_a_gap(steps: list[tuple[in
         if passed > 30 or under_way > 30:
             last_gap = second
         covered = next_coverage(covered, after(seconds=second), timedelta(seconds=under_way))
-    if is_silent(after(seconds=last_heard), LIMIT, covered, after(seconds=second)):
+    if is_offline(after(seconds=last_heard), LIMIT, covered, after(seconds=second)):
         assert second - last_gap > 600 and second - last_heard > 600
     assert is_listening(covered, after(seconds=second))
 

@@ -142,10 +142,10 @@ def test_without_the_rule_about_time_a_late_report_would_begin_the_next_attempt(
 def test_what_a_broker_delivers_again_without_a_number_does_not_begin_the_next_attempt(status: S) -> None:
     book = job_of(1)
     fail(book, 100.0)
-    refusal = book.report(only(book), Report(status, {}, repeated=True), 500.0)
+    refusal = book.report(only(book), Report(status, {}, duplicate=True), 500.0)
     assert refusal is not None and refusal.code is ErrorCode.REQUEST_THROTTLED
     assert (only(book).state, len(book.failures)) == (S.QUEUED, 1)
-    assert book.report(only(book), Report(status, {}, execution_number=2, repeated=True), 500.0) is None
+    assert book.report(only(book), Report(status, {}, execution_number=2, duplicate=True), 500.0) is None
 
 
 def test_without_the_mark_of_a_repetition_it_would() -> None:
@@ -350,7 +350,7 @@ def second_attempt_hears_the_first_one_fail(**more: Any) -> tuple[ExecutionRow, 
     fail(book, 100.0)
     execution = only(book)
     assert book.admit(execution, 200.0, None) is None
-    return execution, book.report(execution, replace(FAILED, repeated=True, **more), 201.0)
+    return execution, book.report(execution, replace(FAILED, duplicate=True, **more), 201.0)
 
 
 def test_a_failure_that_comes_again_does_not_end_the_attempt_after_it() -> None:
@@ -376,5 +376,5 @@ def test_without_the_question_whose_it_is_it_would_end_it(monkeypatch: pytest.Mo
 def test_the_first_attempts_failure_counts_whether_it_comes_again_or_not() -> None:
     book = job_of(1)
     assert book.admit(only(book), 100.0, None) is None
-    assert book.report(only(book), replace(FAILED, repeated=True), 101.0) is None
+    assert book.report(only(book), replace(FAILED, duplicate=True), 101.0) is None
     assert only(book).execution_number == 2

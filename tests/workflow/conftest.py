@@ -1,13 +1,11 @@
 """A time-skipping Temporal for the session, and for each test workers with a scripted rollout behind them."""
 
 import asyncio
-import sysconfig
 import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
@@ -23,6 +21,7 @@ from temporalio.worker import Worker
 from models.ids import wave_workflow_id
 from models.rollout import Phase, RolloutResult, RolloutStatus, StartRolloutInput
 from models.spec import RolloutSpec
+from tests.temporal_server import BINARIES
 from tests.workflow.scripted import ScriptedRollout
 from workflows import options
 from workflows.client import add_search_attributes, start_rollout
@@ -32,7 +31,6 @@ from workflows.sandbox import runner
 from workflows.wave import WaveWorkflow
 
 Handle = WorkflowHandle[RolloutWorkflow, RolloutResult]
-BINARIES = Path(sysconfig.get_path("scripts"))
 PATIENCE_SECONDS = 20.0
 THREE_WAVES = (
     {"name": "canary", "size": "5%", "soak": "4h"},
@@ -96,13 +94,19 @@ async def workers(client: Client, activities: list[Any], **settings: Any) -> Asy
 
 
 @dataclass
-class Stage:
-    """A running rollout with its script, and what a test does to it."""
+class Played:
+    """A workflow that runs with a script behind it, and what tests do to any such."""
 
     environment: WorkflowEnvironment
-    script: ScriptedRollout
-    started: list[Handle] = field(default_factory=list)
+    script: ScriptedRollout = field(default_factory=ScriptedRollout)
+    started: list[Any] = field(default_factory=list)
     workers: AsyncExitStack = field(default_factory=AsyncExitStack)
+
+    @property
+    def handle(self) -> WorkflowHandle[Any, Any]:
+        """The workflow that was started last."""
+        handle: WorkflowHandle[Any, Any] = self.started[-1]
+        return handle
 
     async def start_workers(self) -> None:
         """Workers of all three queues. Nothing is cached by a new one: it replays what it takes up."""
@@ -112,10 +116,32 @@ class Stage:
         """End them, with what they hold in memory."""
         await self.workers.aclose()
 
-    @property
-    def handle(self) -> Handle:
-        """The rollout."""
-        return self.started[-1]
+    async def took(self) -> timedelta:
+        """From its start to its end, by the server's clock, which runs on between tests."""
+        described = await self.handle.describe()
+        assert described.close_time is not None
+        return described.close_time - described.start_time
+
+    async def until_asked(self, kind: str, times: int = 1) -> None:
+        """Wait until the workflow has asked for something, as ScriptedRollout.kinds names it."""
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while self.script.kinds().count(kind) < times:
+            if time.monotonic() > deadline:
+                pytest.fail(f"{kind!r} was not asked for: {self.script.kinds()}; {await why_it_hangs(self.handle)}")
+            await asyncio.sleep(0.01)
+
+    async def refusal(self, update: Any, argument: Any) -> str:
+        """The text with which an update is refused."""
+        with pytest.raises(WorkflowUpdateFailedError) as refused:
+            await self.handle.execute_update(update, argument)
+        cause = refused.value.cause
+        assert isinstance(cause, ApplicationError), cause
+        return cause.message
+
+
+@dataclass
+class Stage(Played):
+    """A running rollout with its script, and what a test does to it."""
 
     @property
     def name(self) -> str:
@@ -138,12 +164,6 @@ class Stage:
         except TimeoutError:
             pytest.fail(f"{self.handle.id} hangs: {await why_it_hangs(self.handle)}")
 
-    async def took(self) -> timedelta:
-        """From the rollout's start to its end, by the server's clock, which runs on between tests."""
-        described = await self.handle.describe()
-        assert described.close_time is not None
-        return described.close_time - described.start_time
-
     async def until(self, phase: Phase, wave: int = 0) -> RolloutStatus:
         """Wait until the rollout is in a phase; time does not run ahead."""
         deadline = time.monotonic() + PATIENCE_SECONDS
@@ -153,22 +173,6 @@ class Stage:
                 return status
             await asyncio.sleep(0.01)
         pytest.fail(f"{self.handle.id} is {status}, not {phase}: {await why_it_hangs(self.handle)}")
-
-    async def until_asked(self, kind: str, times: int = 1) -> None:
-        """Wait until the workflow has asked for something, as ScriptedRollout.kinds names it."""
-        deadline = time.monotonic() + PATIENCE_SECONDS
-        while self.script.kinds().count(kind) < times:
-            if time.monotonic() > deadline:
-                pytest.fail(f"{kind!r} was not asked for: {self.script.kinds()}; {await why_it_hangs(self.handle)}")
-            await asyncio.sleep(0.01)
-
-    async def refusal(self, update: Any, argument: Any) -> str:
-        """The text with which an update is refused."""
-        with pytest.raises(WorkflowUpdateFailedError) as refused:
-            await self.handle.execute_update(update, argument)
-        cause = refused.value.cause
-        assert isinstance(cause, ApplicationError), cause
-        return cause.message
 
     async def skip(self, **duration: float) -> None:
         """Let time pass."""

@@ -26,7 +26,7 @@ from models.protocol import DiagnosticType
 from models.shadow import SyncShadowInput
 from tests.workflow.conftest import PATIENCE_SECONDS, SkippingServers, why_it_hangs
 from tests.workflow.scripted_life import ScriptedLife
-from worker import LIFECYCLE_WORKFLOWS
+from workers.lifecycle import LIFECYCLE_WORKFLOWS
 from workflows import options
 from workflows.lifecycle_client import start_configuration, start_decommission, start_diagnosis, start_rotation
 from workflows.sandbox import runner

@@ -9,15 +9,15 @@ from uuid import uuid4
 import pytest
 import pytest_asyncio
 from temporalio.client import ScheduleOverlapPolicy, WorkflowFailureError
-from temporalio.contrib.pydantic import pydantic_data_converter
 from temporalio.testing import WorkflowEnvironment
 from temporalio.worker import Worker
 
 from models.health import KeepHistoryInput, SweepOfflineInput
-from tests.workflow.conftest import BINARIES, SkippingServers
+from tests.temporal_server import development_server
+from tests.workflow.conftest import SkippingServers
 from tests.workflow.scripted_health import DEAF, ScriptedHealth
 from workflows import options
-from workflows.client import ensure_schedules, register_search_attributes
+from workflows.client import ensure_schedules
 from workflows.offline import OfflineSweepWorkflow
 from workflows.retention import RetentionWorkflow
 from workflows.sandbox import runner
@@ -67,12 +67,7 @@ async def test_a_round_of_retention_says_what_it_made(servers: SkippingServers) 
 @pytest_asyncio.fixture(scope="module")
 async def server() -> AsyncIterator[WorkflowEnvironment]:
     """A development server: the one that skips time has no schedules."""
-    async with await WorkflowEnvironment.start_local(
-        data_converter=pydantic_data_converter,
-        dev_server_existing_path=str(BINARIES / "temporal"),
-        dev_server_log_level="error",
-    ) as environment:
-        await register_search_attributes(environment.client)
+    async with development_server() as environment:
         yield environment
 
 

@@ -23,7 +23,8 @@ from models.rollout import (
     PromoteRolloutInput,
     ResumeRolloutInput,
 )
-from tests.workflow.conftest import BINARIES, THREE_WAVES, Stage
+from tests.temporal_server import BINARIES
+from tests.workflow.conftest import THREE_WAVES, Stage
 from tests.workflow.job_stage import JobStage
 from tests.workflow.scripted import HOLD, Runs, ScriptedRollout, Waits
 from workflows.client import register_search_attributes

@@ -26,9 +26,10 @@ from models.identity import (
     PublishCrlsResult,
     PublishedCrlFacts,
 )
-from tests.workflow.conftest import BINARIES, SkippingServers
+from tests.temporal_server import development_server
+from tests.workflow.conftest import SkippingServers
 from workflows import options
-from workflows.client import ensure_schedules, register_search_attributes
+from workflows.client import ensure_schedules
 from workflows.sandbox import runner
 from workflows.upkeep import CrlUpkeepWorkflow
 
@@ -132,12 +133,7 @@ async def test_what_no_repetition_mends_is_not_repeated(servers: SkippingServers
 @pytest_asyncio.fixture(scope="module")
 async def server() -> AsyncIterator[WorkflowEnvironment]:
     """A development server: the one that skips time has no schedules."""
-    async with await WorkflowEnvironment.start_local(
-        data_converter=pydantic_data_converter,
-        dev_server_existing_path=str(BINARIES / "temporal"),
-        dev_server_log_level="error",
-    ) as environment:
-        await register_search_attributes(environment.client)
+    async with development_server() as environment:
         yield environment
 
 

@@ -1,0 +1,1 @@
+"""How the activities are put together, and which worker runs which of them and which workflow."""
