@@ -328,10 +328,10 @@ class RolloutStore:
             closed = await connection.execute(_CLOSE, {"outcome": outcome, "reason": reason, "job_no": job_no})
             await connection.execute("UPDATE waves SET status = 'closed' WHERE job_no = %s", (job_no,))
             await connection.execute(_UNANSWERED, (job_no,))
+            figures = await read_figures(connection, job_no)
             if closed.rowcount:
-                recorded = await fetch_one(connection, "SELECT outcome FROM jobs WHERE job_no = %s", (job_no,))
-                await append_event(connection, job_no, "finished", f"{recorded[0]}: {reason}")
-            return await read_figures(connection, job_no)
+                await append_event(connection, job_no, "finished", f"{figures.outcome}: {reason}")
+            return figures
 
     async def withdrawn(self, job_no: int) -> list[str]:
         """Devices whose execution was withdrawn after it had been offered to them."""
