@@ -24,7 +24,7 @@ demo: $(READY)  ## a fleet of 60 devices, a bad release halted, a good one rolle
 	$(BIN)/python starter.py demo $(DEMO)
 
 test: $(READY)  ## all tests, in two processes (TESTS="tests/unit -k gate" for some, PROCESSES=0 for none)
-	$(BIN)/python -m pytest -n $(PROCESSES) --dist loadfile $(TESTS)
+	$(BIN)/python -m pytest -n $(PROCESSES) --dist loadfile --no-loadscope-reorder $(TESTS)
 
 check: $(READY)  ## lint, format, types, imports
 	$(BIN)/ruff check .

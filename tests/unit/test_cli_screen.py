@@ -286,6 +286,7 @@ def test_a_device_that_is_not_in_a_rollout_is_told_why(changes: dict[str, str], 
 def test_every_outcome_has_its_exit_status() -> None:
     assert {outcome: int(status_of_outcome(outcome)) for outcome in Outcome} == {
         Outcome.SUCCEEDED: 0,
+        Outcome.COMPLETED: 1,
         Outcome.HALTED: 3,
         Outcome.ABORTED: 4,
         Outcome.REFUSED: 6,
