@@ -5,6 +5,7 @@ and goes on: opening an open wave does nothing, a verdict that is recorded is re
 Two drivers of the same wave, one of them not yet aware that it was cancelled, do each other no harm.
 """
 
+import asyncio
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -65,9 +66,18 @@ class WaveDriver:
     examiner: Examiner | None = None
     join_every: timedelta = JOIN_EVERY
     _join_at: float = 0.0
+    _examining: asyncio.Task[int] | None = None
 
     async def drive(self) -> DriveWaveResult:
         """Drive until the verdict is not CONTINUE."""
+        try:
+            return await self._drive()
+        finally:
+            if self._examining is not None:
+                self._examining.cancel()
+                await asyncio.gather(self._examining, return_exceptions=True)
+
+    async def _drive(self) -> DriveWaveResult:
         asked, sweep_at, beat_at = self.asked, 0.0, 0.0
         counts, changed_at = None, self.clock()
         if asked.phase is not None:
@@ -81,7 +91,7 @@ class WaveDriver:
             if self._is_to_open(seen):
                 await self.records.open_wave(asked.job_no, asked.wave)
                 continue
-            await self._examine(seen)
+            self._examine(seen)
             verdict = drive_verdict(asked, seen)
             if verdict.verdict is not Verdict.CONTINUE:
                 return await self._end(verdict, seen)
@@ -94,10 +104,13 @@ class WaveDriver:
                 beat_at = self.clock() + BEAT_EVERY.total_seconds()
             await self.records.wait_for_change(asked.job_no, _patience(seen, sent, quiet).total_seconds())
 
-    async def _examine(self, seen: JobProgress) -> None:
-        counts = seen.wave.counts
-        if self.examiner is not None:
-            await self.examiner.look(counts.failed + counts.rejected + counts.timed_out)
+    def _examine(self, seen: JobProgress) -> None:
+        """Beside the driving: no wave waits for questions to devices that have failed. What is left at its end is asked
+        by the next wave's driver, or as the job is closed."""
+        if self.examiner is not None and (self._examining is None or self._examining.done()):
+            counts = seen.wave.counts
+            failed = counts.failed + counts.rejected + counts.timed_out
+            self._examining = asyncio.create_task(self.examiner.look(failed))
 
     async def _join(self) -> None:
         """Take in devices that match by now. Whoever drives does it: one that is killed leaves nothing half done."""
@@ -118,8 +131,6 @@ class WaveDriver:
 
     async def _end(self, verdict: WaveVerdict, seen: JobProgress) -> DriveWaveResult:
         asked, wave = self.asked, seen.wave
-        if self.examiner is not None:
-            await self.examiner.look()
         soak_first = asked.mode is DriveMode.ANSWERING and asked.soaks and verdict.verdict is Verdict.PROMOTE
         recorded = wave.verdict is verdict.verdict and wave.reason == verdict.reason
         stopped_by_others = seen.job_status in OVER and seen.tripped_wave is None

@@ -11,7 +11,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
 
+import psycopg
 import structlog
+from psycopg_pool import PoolTimeout
 from temporalio.service import RPCError
 
 from activities.lifecycle import DiagnosticFlows
@@ -51,7 +53,7 @@ class Examiner:
                     await self._ask(self.flows, device_id, attempt)
                     self._asked.add((device_id, attempt))
                     started += 1
-        except RPCError as error:  # a wave does not wait for it; the next look asks again
+        except (RPCError, psycopg.Error, PoolTimeout) as error:  # nobody waits for it; the next look asks again
             log.warning("cannot ask devices about their failure", job_no=self.job_no, reason=str(error)[:200])
             return started
         self._failed = failed or 0
