@@ -23,8 +23,15 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY)  ## a fleet of 60 devices, a bad release halted, a good one rolled out in waves (DEMO="--keep")
 	$(BIN)/python starter.py demo $(DEMO)
 
-test: $(READY)  ## all tests, in two processes (TESTS="tests/unit -k gate" for some, PROCESSES=0 for none)
-	$(BIN)/python -m pytest -n $(PROCESSES) --dist loadfile --no-loadscope-reorder $(TESTS)
+# Where time is skipped, a busy machine is taken for an idle one: the server runs ahead of tasks that wait for a core. So
+# those tests have the machine to themselves.
+test: $(READY)  ## all tests, in two processes (TESTS="tests/unit -k gate" for some, in one)
+ifeq ($(strip $(TESTS)),)
+	$(BIN)/python -m pytest -n $(PROCESSES) --dist loadfile --no-loadscope-reorder --ignore tests/workflow
+	$(BIN)/python -m pytest tests/workflow
+else
+	$(BIN)/python -m pytest $(TESTS)
+endif
 
 check: $(READY)  ## lint, format, types, imports
 	$(BIN)/ruff check .

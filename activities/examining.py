@@ -38,7 +38,8 @@ class Examiner:
     flows: DiagnosticFlows | None
     clock: Callable[[], float] = time.monotonic
     _asked: set[tuple[str, int]] = field(default_factory=set)
-    _failed: int = 0
+    _failed: int = -1
+    """At the last look. The first one is due whatever the wave counts: another's failures may have been left."""
     _next: float = 0.0
 
     async def look(self, failed: int | None = None) -> int:

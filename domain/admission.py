@@ -36,20 +36,6 @@ from domain.lifecycle import (
 from models.protocol import TERMINAL_STATES, ErrorCode, ExecutionState, FailureClass, JobOperation
 from models.rollout import JobStatus, WaveStatus
 
-__all__ = [
-    "COUNTERS",
-    "FIRMWARE_UPDATE",
-    "ExecutionRow",
-    "FailedAttempt",
-    "JobRow",
-    "Ledger",
-    "Question",
-    "Refusal",
-    "Report",
-    "WaveRow",
-    "questions_of",
-]
-
 FIRMWARE_UPDATE = JobOperation.FIRMWARE_UPDATE.value
 PACE_WINDOW_SECONDS = 60
 
@@ -140,23 +126,11 @@ class Ledger:
         if report.expected_version not in (None, execution.version_number):
             message = f"expected version {report.expected_version}, the execution is at {execution.version_number}"
             return Refusal(ErrorCode.VERSION_MISMATCH, message)
-        if execution.retrying and report.status in (ExecutionState.FAILED, ExecutionState.SUCCEEDED):
-            return _other_attempt(execution, execution.execution_number - 1)
+        if (doubt := _of_an_earlier_attempt(execution, report, now)) is not None:
+            return doubt
         if report.status not in DEVICE_MOVES.get(execution.state, frozenset()):
             message = f"{execution.state} to {report.status} is not a move a device can make"
             return Refusal(ErrorCode.INVALID_STATE_TRANSITION, message)
-        if report.duplicate and report.execution_number is None and execution.retrying:
-            # It was most likely of the attempt that is over: to begin the next one, a device can ask, or say the number.
-            return Refusal(ErrorCode.REQUEST_THROTTLED, "delivered again, and it names no attempt: ask with start-next")
-        if _may_be_of_an_earlier_attempt(execution, report):
-            return Refusal(
-                ErrorCode.REQUEST_THROTTLED, "delivered again, and it names no attempt: say it with its executionNumber"
-            )
-        if execution.retry_at is not None and execution.retry_at > now:
-            # A report without an attempt's number that comes late: of the attempt that is over, not of the next one.
-            return Refusal(
-                ErrorCode.REQUEST_THROTTLED, f"the next attempt may begin at {_clock(execution.retry_at)}, not before"
-            )
         if execution.state is ExecutionState.QUEUED and report.status is ExecutionState.IN_PROGRESS:
             refused = self.admit(execution, now, report.details)
             return Refusal(ErrorCode.REQUEST_THROTTLED, f"cannot start now: {refused}") if refused else None
@@ -341,17 +315,28 @@ def questions_of(job: JobRow, execution: ExecutionRow) -> list[Question]:
     ]
 
 
-def _may_be_of_an_earlier_attempt(execution: ExecutionRow, report: Report) -> bool:
-    """A failure that comes again and does not say of which attempt: brokers give back what is old (after a crash, what
-    their last snapshot held). An attempt that has failed after all is said so again, or ends with its deadline.
+def _of_an_earlier_attempt(execution: ExecutionRow, report: Report, now: float) -> Refusal | None:
+    """Why a report is, or may be, of an attempt that is over; None where it is of the one that is on, or begins the next.
+
+    Brokers give back what is old (after a crash, what their last snapshot held), and not every device names the attempt.
     """
-    return (
-        report.duplicate
-        and report.status is ExecutionState.FAILED
-        and execution.execution_number > 1
-        and report.execution_number is None
-        and report.expected_version is None
-    )
+    if execution.retrying and report.status in (ExecutionState.FAILED, ExecutionState.SUCCEEDED):
+        return _other_attempt(execution, execution.execution_number - 1)
+    unnamed = report.duplicate and report.execution_number is None
+    if unnamed and execution.retrying:
+        # To begin the next one, a device can ask, or say the number.
+        return Refusal(ErrorCode.REQUEST_THROTTLED, "delivered again, and it names no attempt: ask with start-next")
+    failed_later = report.status is ExecutionState.FAILED and execution.execution_number > 1
+    if unnamed and failed_later and report.expected_version is None:
+        # An attempt that has failed after all is said so again, or ends with its deadline.
+        return Refusal(
+            ErrorCode.REQUEST_THROTTLED, "delivered again, and it names no attempt: say it with its executionNumber"
+        )
+    if execution.retry_at is not None and execution.retry_at > now:
+        return Refusal(
+            ErrorCode.REQUEST_THROTTLED, f"the next attempt may begin at {_clock(execution.retry_at)}, not before"
+        )
+    return None
 
 
 def _clock(at: float) -> str:

@@ -98,7 +98,9 @@ class Judge:
             under_way: devices with progress of any rule.
             now: PostgreSQL's clock, in epoch seconds.
         """
-        suspects = self.beyond(beats) | {beat.device_id for beat in beats if beat.device_id in under_way}
+        suspects = self.beyond(beats)
+        if under_way:
+            suspects |= under_way.intersection(beat.device_id for beat in beats)
         if not suspects:
             return
         if await lock_rules(connection) != {rule.spec.name: rule.revision for rule in self.rules}:

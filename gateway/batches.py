@@ -1,7 +1,6 @@
 """A batch of messages, read and sorted by who answers them. Nothing here waits, and nothing asks PostgreSQL."""
 
 import collections
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -48,8 +47,6 @@ class Read:
     diagnostics: list[Request] = field(default_factory=list)
     beats: Beats = field(default_factory=Beats)
     pulses: list[Pulse] = field(default_factory=list)
-    pulsed: float = -math.inf
-    """When the newest pulse that has been noted was sent."""
     bad: list[tuple[Inbound, BadRequest]] = field(default_factory=list)
     throttled: list[tuple[Inbound, BadRequest]] = field(default_factory=list)
     """What is rejected without having been looked at, and is not kept."""

@@ -20,7 +20,8 @@ import orjson
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from psycopg import AsyncConnection
 
-from domain.admission import ExecutionRow, JobRow, questions_of
+from domain.admission import questions_of
+from domain.ledger_rows import ExecutionRow, JobRow
 from firmware.command import COMMAND_PAYLOAD_TYPE, Command, encode_command
 from firmware.envelope import EnvelopeSigner
 from firmware.manifest import ORDER_PAYLOAD_TYPE, Order, encode_order

@@ -8,7 +8,8 @@ from typing import Any
 
 import orjson
 
-from domain.admission import ExecutionRow, Ledger, Refusal
+from domain.admission import Ledger
+from domain.ledger_rows import ExecutionRow, Refusal
 from gateway.documents import Documents
 from gateway.requests import BadRequest, Request
 from models.protocol import (

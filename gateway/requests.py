@@ -12,9 +12,9 @@ from typing import Any
 
 import orjson
 
-from domain.admission import Report
 from domain.configurations import MAX_CONFIG_BYTES, MAX_CONFIG_DEPTH, MAX_VERSION, ConfigReport
 from domain.differences import depth_of
+from domain.ledger_rows import Report
 from domain.strict_json import parse_object, reads_alike
 from firmware.command import REQUEST_ID
 from gateway.diagnostic_requests import DiagnosticResponse, parse_diagnostic

@@ -273,9 +273,9 @@ class Gateway:
                 await take_diagnostics(connection, read.diagnostics)
             if read.commands:
                 outgoing += await answer_about_commands(connection, read.commands, self.documents, standing.now)
-            await self._save_rest(connection, read, standing)
+            pulsed = await self._save_rest(connection, read, standing)
             await connection.commit()  # in the pipeline, with the last statements: it fails where one of them has
-        self._pulsed = max(self._pulsed, read.pulsed)
+        self._pulsed = max(self._pulsed, pulsed)
         if batch is not None:
             self._log_trips(batch)
         now = time.time()
@@ -305,7 +305,8 @@ class Gateway:
         await save_configurations(connection, configs.values())
         return outgoing
 
-    async def _save_rest(self, connection: psycopg.AsyncConnection, read: Read, standing: Standing) -> None:
+    async def _save_rest(self, connection: psycopg.AsyncConnection, read: Read, standing: Standing) -> float:
+        """What nobody is answered; when the newest pulse was sent that has been noted."""
         if standing.awaited:
             await happened(connection, _awaited(standing, read.things, set(read.beats.things)))
         if read.bad:
@@ -322,8 +323,9 @@ class Gateway:
                     for inbound, reason in read.bad
                 ],
             )
+        pulsed = self._pulsed
         if read.pulses:
-            read.pulsed = await note_pulses(connection, read.pulses, self.name, standing.now, self._pulsed)
+            pulsed = await note_pulses(connection, read.pulses, self.name, standing.now, pulsed)
         if read.beats.said:
             saved = await save_heartbeats(connection, read.beats.said)
             self._clones.update(saved.clones)
@@ -332,6 +334,7 @@ class Gateway:
             if saved.repeated:
                 fresh = [beat for beat in fresh if (beat.device_id, beat.beat_no) not in saved.repeated]
             await self.judge.judge(connection, fresh, standing.watched, standing.now)
+        return pulsed
 
     @staticmethod
     def _log_trips(batch: Batch) -> None:

@@ -18,8 +18,9 @@ from typing import Any
 import orjson
 from psycopg import AsyncConnection
 
-from domain.admission import COUNTERS, ExecutionRow, FailedAttempt, JobRow, Ledger, WaveRow
+from domain.admission import Ledger
 from domain.gate import Breaker
+from domain.ledger_rows import COUNTERS, ExecutionRow, FailedAttempt, JobRow, WaveRow
 from models.protocol import ExecutionState
 from models.rollout import JobStatus
 from store.engine import Database

@@ -218,12 +218,7 @@ class FleetJobWorkflow:
             await workflow.wait_condition(ready)
             return None
         asked = DriveWaveInput(job_no=plan.job_no, wave=state.wave, spec=self._spec, mode=DriveMode.SOAKING)
-        watch = steps.drive(asked, plan.waves[state.wave - 1].name)
-        try:
-            await workflow.wait_condition(lambda: ready() or watch.done())
-            return watch.result().verdict if watch.done() else None
-        finally:
-            steps.let_go(watch)
+        return await steps.watch_until(ready, asked, plan.waves[state.wave - 1].name)
 
     def _cut_short(self, error: BaseException) -> _End:
         state, spec = self._state, self._spec

@@ -214,23 +214,15 @@ class RolloutWorkflow:
             await workflow.wait_condition(ready)
             return None
         assert state.plan is not None
-        running = state.plan.waves[state.wave - 1]
-        watch = steps.drive(
-            DriveWaveInput(
-                job_no=state.plan.job_no,
-                wave=state.wave,
-                spec=self._spec,
-                mode=DriveMode.SOAKING,
-                phase=state.phase,
-                phase_reason=state.waiting_for,
-            ),
-            running.name,
+        asked = DriveWaveInput(
+            job_no=state.plan.job_no,
+            wave=state.wave,
+            spec=self._spec,
+            mode=DriveMode.SOAKING,
+            phase=state.phase,
+            phase_reason=state.waiting_for,
         )
-        try:
-            await workflow.wait_condition(lambda: ready() or watch.done())
-            return watch.result().verdict if watch.done() else None
-        finally:
-            steps.let_go(watch)
+        return await steps.watch_until(ready, asked, state.plan.waves[state.wave - 1].name)
 
     def _cut_short(self, error: BaseException) -> _End:
         state = self._state

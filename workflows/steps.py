@@ -3,6 +3,7 @@
 Only arranges calls; when and in which order is the workflows' business.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 from temporalio import workflow
@@ -24,6 +25,7 @@ from models.rollout import (
     PrepareArtifactsInput,
     PrepareArtifactsResult,
     SetJobStatusInput,
+    WaveVerdict,
     WriteDocumentInput,
 )
 from workflows import options
@@ -84,6 +86,19 @@ def drive(asked: DriveWaveInput, wave_name: str) -> ActivityHandle[DriveWaveResu
     return workflow.start_activity_method(
         RolloutActivities.drive_wave, asked, summary=f"wave {asked.wave} ({wave_name}): {asked.mode}", **_LONG
     )
+
+
+async def watch_until(ready: Callable[[], bool], asked: DriveWaveInput, wave_name: str) -> WaveVerdict | None:
+    """Wait while waves that are open stay watched: deadlines run, late devices are served.
+
+    Returns the verdict when a breaker trips meanwhile, else None.
+    """
+    watch = drive(asked, wave_name)
+    try:
+        await workflow.wait_condition(lambda: ready() or watch.done())
+        return watch.result().verdict if watch.done() else None
+    finally:
+        let_go(watch)
 
 
 def let_go(driver: ActivityHandle[DriveWaveResult]) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import orjson
 
-from domain.admission import Report
+from domain.ledger_rows import Report
 from models.protocol import ExecutionState
 from store.executions import ExecutionStore
 from tests.integration.rollout_setup import NEW

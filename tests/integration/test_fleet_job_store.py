@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 
 import store.jobplanning
-from domain.admission import Ledger, Report
+from domain.admission import Ledger
 from domain.configurations import ConfigState
+from domain.ledger_rows import Report
 from firmware.keys import generate_private_key
 from models.errors import ConflictError, NotFoundError, RefusedError
 from models.fleetjob import PlanFleetJobInput

@@ -7,7 +7,8 @@ from datetime import timedelta
 import pytest
 
 import domain.admission
-from domain.admission import Ledger, Report
+from domain.admission import Ledger
+from domain.ledger_rows import Report
 from models.errors import ConflictError, NotFoundError, RefusedError
 from models.protocol import ExecutionState
 from models.rollout import JobStatus, Outcome, Phase, PlanRolloutInput, Verdict, WaveVerdict

@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from domain.admission import COUNTERS, ExecutionRow, JobRow, Ledger, Report, WaveRow
+from domain.admission import Ledger
 from domain.gate import breaker_of
+from domain.ledger_rows import COUNTERS, ExecutionRow, JobRow, Report, WaveRow
 from domain.lifecycle import DEVICE_MOVES, SERVER_MOVES, GateEffect, enters_later_phase, gate_effect
 from models.protocol import TERMINAL_STATES, ErrorCode, ExecutionState, FailureClass
 from models.spec import GateSpec

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 import domain.admission
-from domain.admission import COUNTERS, ExecutionRow, JobRow, Ledger, Refusal, Report, WaveRow
+from domain.admission import Ledger
 from domain.gate import NEVER, breaker_of
+from domain.ledger_rows import COUNTERS, ExecutionRow, JobRow, Refusal, Report, WaveRow
 from domain.lifecycle import GateEffect, gate_effect
 from models.jobspec import RetrySpec
 from models.protocol import TERMINAL_STATES, ErrorCode, ExecutionState, FailureClass
@@ -368,7 +369,7 @@ def test_a_failure_that_says_whose_it_is_counts_although_it_comes_again(named: d
 
 
 def test_without_the_question_whose_it_is_it_would_end_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(domain.admission, "_may_be_of_an_earlier_attempt", lambda *_: False)
+    monkeypatch.setattr(domain.admission, "_of_an_earlier_attempt", lambda *_: None)
     execution, refusal = second_attempt_hears_the_first_one_fail()
     assert refusal is None and (execution.state, execution.execution_number) == (S.QUEUED, 3)
 
