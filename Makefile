@@ -28,7 +28,7 @@ demo: $(READY)  ## a fleet of 60 devices, a bad release halted, a good one rolle
 test: $(READY)  ## all tests, in two processes (TESTS="tests/unit -k gate" for some, in one)
 ifeq ($(strip $(TESTS)),)
 	$(BIN)/python -m pytest -n $(PROCESSES) --dist loadfile --no-loadscope-reorder --ignore tests/workflow
-	$(BIN)/python -m pytest tests/workflow
+	$(BIN)/python -m pytest -n 1 tests/workflow
 else
 	$(BIN)/python -m pytest $(TESTS)
 endif
